@@ -1,0 +1,837 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"reflect"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+const (
+	healthyBody  = `{"status":"healthy","message":"WhatsApp Contact Processor API is running"}` + "\n"
+	drainingBody = `{"status":"draining","message":"WhatsApp Contact Processor API is shutting down"}` + "\n"
+)
+
+// patience bounds every wait for something that takes milliseconds.
+const patience = 10 * time.Second
+
+// TestMain lets the test binary be the program: see start.
+func TestMain(m *testing.M) {
+	if os.Getenv("TEST_BE_THE_PROGRAM") != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+func TestAnswers(t *testing.T) {
+	t.Parallel()
+	var healthy, draining atomic.Bool
+	draining.Store(true)
+	servers := map[bool]*httptest.Server{
+		false: httptest.NewServer(newHandler(&healthy, []string{"*"})),
+		true:  httptest.NewServer(newHandler(&draining, []string{"*"})),
+	}
+	for _, s := range servers {
+		t.Cleanup(s.Close)
+	}
+	for _, tt := range []struct {
+		name           string
+		draining       bool
+		method, target string
+		accept, body   string // of the request
+		wantCode       int
+		wantBody       string // only compared for answers of our own
+		wantLength     string
+		wantAllow      string
+	}{
+		{name: "GET", method: "GET", target: "/health", wantCode: 200, wantBody: healthyBody, wantLength: "75"},
+		{name: "HEAD", method: "HEAD", target: "/health", wantCode: 200, wantLength: "75"},
+		{name: "query", method: "GET", target: "/health?verbose=1;x&%zz", wantCode: 200, wantBody: healthyBody, wantLength: "75"},
+		{name: "body", method: "GET", target: "/health", body: `{"a":1}`, wantCode: 200, wantBody: healthyBody, wantLength: "75"},
+		{name: "Accept XML", method: "GET", target: "/health", accept: "application/xml", wantCode: 200, wantBody: healthyBody, wantLength: "75"},
+		{name: "Accept nothing", method: "GET", target: "/health", accept: "*/*;q=0", wantCode: 200, wantBody: healthyBody, wantLength: "75"},
+		{name: "GET draining", draining: true, method: "GET", target: "/health", wantCode: 503, wantBody: drainingBody, wantLength: "82"},
+		{name: "HEAD draining", draining: true, method: "HEAD", target: "/health", wantCode: 503, wantLength: "82"},
+		{name: "POST", method: "POST", target: "/health", wantCode: 405, wantAllow: "GET, HEAD"},
+		{name: "PUT", method: "PUT", target: "/health", wantCode: 405, wantAllow: "GET, HEAD"},
+		{name: "PATCH", method: "PATCH", target: "/health", wantCode: 405, wantAllow: "GET, HEAD"},
+		{name: "DELETE", method: "DELETE", target: "/health", wantCode: 405, wantAllow: "GET, HEAD"},
+		{name: "TRACE", method: "TRACE", target: "/health", wantCode: 405, wantAllow: "GET, HEAD"},
+		{name: "OPTIONS, no preflight", method: "OPTIONS", target: "/health", wantCode: 405, wantAllow: "GET, HEAD"},
+		{name: "unknown method", method: "BREW", target: "/health", wantCode: 405, wantAllow: "GET, HEAD"},
+		{name: "POST draining", draining: true, method: "POST", target: "/health", wantCode: 405, wantAllow: "GET, HEAD"},
+		{name: "root", method: "GET", target: "/", wantCode: 404},
+		{name: "trailing slash", method: "GET", target: "/health/", wantCode: 404},
+		{name: "healthz", method: "GET", target: "/healthz", wantCode: 404},
+		{name: "upper case", method: "GET", target: "/HEALTH", wantCode: 404},
+		{name: "POST elsewhere", method: "POST", target: "/", wantCode: 404},
+		{name: "root draining", draining: true, method: "GET", target: "/", wantCode: 404},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			req, err := http.NewRequest(tt.method, servers[tt.draining].URL+tt.target, strings.NewReader(tt.body))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header.Set("Accept", tt.accept)
+			resp, body := do(t, req)
+			if resp.StatusCode != tt.wantCode {
+				t.Errorf("code: got %d, want %d", resp.StatusCode, tt.wantCode)
+			}
+			if got := resp.Header.Get("Allow"); got != tt.wantAllow {
+				t.Errorf("Allow: got %q, want %q", got, tt.wantAllow)
+			}
+			if resp.Close != (tt.draining && tt.wantLength != "") {
+				t.Errorf("Connection: close: got %t", resp.Close)
+			}
+			if tt.wantLength == "" {
+				return
+			}
+			if body != tt.wantBody {
+				t.Errorf("body: got %q, want %q", body, tt.wantBody)
+			}
+			if tt.draining && strings.Contains(strings.ToLower(body), "healthy") {
+				t.Errorf("body: got %q, which a balancer that looks for \"healthy\" takes for good", body)
+			}
+			for key, want := range map[string]string{
+				"Content-Type":   "application/json",
+				"Cache-Control":  "no-store",
+				"Content-Length": tt.wantLength,
+				"Vary":           "Origin",
+			} {
+				if got := resp.Header.Get(key); got != want {
+					t.Errorf("%s: got %q, want %q", key, got, want)
+				}
+			}
+		})
+	}
+}
+
+func TestCORS(t *testing.T) {
+	t.Parallel()
+	const list = "https://a.example, http://localhost:3000 ,https://*.corp.example"
+	preflightVary := "Origin, Access-Control-Request-Method, Access-Control-Request-Headers"
+	for _, tt := range []struct {
+		name, origins, method, origin string
+		asks, headers                 string // of a preflight: method and headers
+		draining                      bool
+		wantCode                      int
+		want                          map[string]string // every CORS header and Vary
+	}{
+		{name: "all", origins: "*", method: "GET", origin: "https://any.example", wantCode: 200,
+			want: map[string]string{"Vary": "Origin", "Access-Control-Allow-Origin": "*"}},
+		{name: "all, HEAD", origins: "*", method: "HEAD", origin: "https://any.example", wantCode: 200,
+			want: map[string]string{"Vary": "Origin", "Access-Control-Allow-Origin": "*"}},
+		{name: "all, draining", origins: "*", method: "GET", origin: "https://any.example", draining: true, wantCode: 503,
+			want: map[string]string{"Vary": "Origin", "Access-Control-Allow-Origin": "*"}},
+		{name: "no origin", origins: list, method: "GET", wantCode: 200,
+			want: map[string]string{"Vary": "Origin"}},
+		{name: "listed", origins: list, method: "GET", origin: "http://localhost:3000", wantCode: 200,
+			want: map[string]string{"Vary": "Origin", "Access-Control-Allow-Origin": "http://localhost:3000"}},
+		{name: "listed, draining", origins: list, method: "GET", origin: "https://a.example", draining: true, wantCode: 503,
+			want: map[string]string{"Vary": "Origin", "Access-Control-Allow-Origin": "https://a.example"}},
+		{name: "under the wildcard", origins: list, method: "GET", origin: "https://x.y.corp.example", wantCode: 200,
+			want: map[string]string{"Vary": "Origin", "Access-Control-Allow-Origin": "https://x.y.corp.example"}},
+		{name: "the wildcard's own name", origins: list, method: "GET", origin: "https://corp.example", wantCode: 200,
+			want: map[string]string{"Vary": "Origin"}},
+		{name: "beside the wildcard", origins: list, method: "GET", origin: "https://evilcorp.example", wantCode: 200,
+			want: map[string]string{"Vary": "Origin"}},
+		{name: "not listed", origins: list, method: "GET", origin: "https://b.example", wantCode: 200,
+			want: map[string]string{"Vary": "Origin"}},
+		{name: "not listed, draining", origins: list, method: "GET", origin: "https://b.example", draining: true, wantCode: 503,
+			want: map[string]string{"Vary": "Origin"}},
+		{name: "other scheme", origins: list, method: "GET", origin: "http://a.example", wantCode: 200,
+			want: map[string]string{"Vary": "Origin"}},
+		{name: "null", origins: list, method: "GET", origin: "null", wantCode: 200,
+			want: map[string]string{"Vary": "Origin"}},
+		{name: "preflight", origins: "*", method: "OPTIONS", origin: "https://any.example", asks: "GET", headers: "authorization,x-request-id", wantCode: 204,
+			want: map[string]string{"Vary": preflightVary, "Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "GET",
+				"Access-Control-Allow-Headers": "authorization,x-request-id", "Access-Control-Max-Age": "600"}},
+		{name: "preflight, listed, draining", origins: list, method: "OPTIONS", origin: "https://a.example", asks: "HEAD", draining: true, wantCode: 204,
+			want: map[string]string{"Vary": preflightVary, "Access-Control-Allow-Origin": "https://a.example", "Access-Control-Allow-Methods": "HEAD",
+				"Access-Control-Max-Age": "600"}},
+		{name: "preflight, not listed", origins: list, method: "OPTIONS", origin: "https://b.example", asks: "GET", wantCode: 204,
+			want: map[string]string{"Vary": preflightVary}},
+		{name: "preflight for DELETE", origins: "*", method: "OPTIONS", origin: "https://any.example", asks: "DELETE", wantCode: 204,
+			want: map[string]string{"Vary": preflightVary}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			origins, err := parseOrigins(tt.origins)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var draining atomic.Bool
+			draining.Store(tt.draining)
+			req := httptest.NewRequest(tt.method, "/health", nil)
+			for key, value := range map[string]string{
+				"Origin": tt.origin, "Access-Control-Request-Method": tt.asks, "Access-Control-Request-Headers": tt.headers,
+			} {
+				if value != "" {
+					req.Header.Set(key, value)
+				}
+			}
+			rec := httptest.NewRecorder()
+			newHandler(&draining, origins).ServeHTTP(rec, req)
+			if rec.Code != tt.wantCode {
+				t.Errorf("code: got %d, want %d", rec.Code, tt.wantCode)
+			}
+			got := map[string]string{}
+			for key := range rec.Header() {
+				if key == "Vary" || strings.HasPrefix(key, "Access-Control-") {
+					got[key] = strings.Join(rec.Header()[key], "; ")
+				}
+			}
+			if !reflect.DeepEqual(got, tt.want) {
+				t.Errorf("headers: got %v, want %v", got, tt.want)
+			}
+		})
+	}
+}
+
+// TestOrigins holds what each accepted entry matches against what a browser sends.
+func TestOrigins(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ entry, sent, other string }{
+		{"https://a.example", "https://a.example", "https://a.example:8443"},
+		{"HTTPS://A.Example", "https://a.example", "http://a.example"},
+		{"https://a.example:8443", "https://a.example:8443", "https://a.example"},
+		{"http://a.example:443", "http://a.example:443", "https://a.example"},
+		{"http://localhost:3000", "http://localhost:3000", "http://localhost"},
+		{"http://my_host", "http://my_host", "http://myhost"},
+		{"https://a.example.", "https://a.example.", "https://a.example"},
+		{"https://xn--bcher-kva.example", "https://xn--bcher-kva.example", "https://bcher.example"},
+		{"http://192.0.2.1:8080", "http://192.0.2.1:8080", "http://192.0.2.10:8080"},
+		{"http://[2001:DB8::1]", "http://[2001:db8::1]", "http://[2001:db8::10]"},
+		{"https://*.corp.example", "https://a.b.corp.example", "https://corp.example"},
+		{"https://*.corp.example:8443", "https://a.corp.example:8443", "https://a.corp.example"},
+		{"https://3com.example", "https://3com.example", "https://com.example"},
+		{"chrome-extension://abcdefgh", "chrome-extension://abcdefgh", "https://abcdefgh"},
+	} {
+		t.Run(tt.entry, func(t *testing.T) {
+			t.Parallel()
+			origins, err := parseOrigins(tt.entry)
+			if err != nil {
+				t.Fatalf("got error %q, want none", err)
+			}
+			for origin, want := range map[string]string{tt.sent: tt.sent, tt.other: ""} {
+				req := httptest.NewRequest("GET", "/health", nil)
+				req.Header.Set("Origin", origin)
+				rec := httptest.NewRecorder()
+				newHandler(new(atomic.Bool), origins).ServeHTTP(rec, req)
+				if got := rec.Header().Get("Access-Control-Allow-Origin"); got != want {
+					t.Errorf("for origin %s: got Access-Control-Allow-Origin %q, want %q", origin, got, want)
+				}
+			}
+		})
+	}
+}
+
+func TestConfig(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name string
+		args []string
+		env  map[string]string
+		want config
+	}{
+		{"defaults", nil, nil,
+			config{port: "5034", origins: []string{"*"}, shutdownTimeout: 10 * time.Second}},
+		{"empty variables", nil,
+			map[string]string{"HOST": "", "PORT": "", "ALLOWED_ORIGINS": "", "DRAIN_DELAY": "", "SHUTDOWN_TIMEOUT": ""},
+			config{port: "5034", origins: []string{"*"}, shutdownTimeout: 10 * time.Second}},
+		{"variables", nil,
+			map[string]string{"HOST": "::1", "PORT": "0", "ALLOWED_ORIGINS": " https://a.example , https://b.example ", "DRAIN_DELAY": "15s", "SHUTDOWN_TIMEOUT": "1m30s", "PROBE": "true"},
+			config{host: "::1", port: "0", origins: []string{"https://a.example", "https://b.example"}, drainDelay: 15 * time.Second, shutdownTimeout: 90 * time.Second}},
+		{"flags beat variables, wrong ones too",
+			[]string{"-host", "", "-port=65535", "-allowed-origins", "*", "--drain-delay", "0s", "-shutdown-timeout", "500ms", "-probe"},
+			map[string]string{"HOST": "192.0.2.1", "PORT": "x", "ALLOWED_ORIGINS": "null", "DRAIN_DELAY": "1", "SHUTDOWN_TIMEOUT": "-1s"},
+			config{port: "65535", origins: []string{"*"}, shutdownTimeout: 500 * time.Millisecond, probe: true}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			got, _, err := parse(tt.args, func(key string) string { return tt.env[key] })
+			if err != nil {
+				t.Fatalf("got error %q, want none", err)
+			}
+			if !reflect.DeepEqual(got, tt.want) {
+				t.Errorf("got %+v, want %+v", got, tt.want)
+			}
+		})
+	}
+}
+
+// TestBadInput gives every setting every kind of wrong value, as flag and as
+// variable. The host is not of this machine, so that a value which passes by
+// mistake ends in exit code 1 and not in a server.
+func TestBadInput(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		flag   string
+		values []string
+		want   string // the beginning of what would be right
+	}{
+		{"port", []string{"x", "-1", "65536", "+80", "0x50", "80 ", "http", "1.5"}, "want a port number from 0 to 65535"},
+		{"drain-delay", []string{"5", "0", "-0", "-1s", "x", "1", "s", "1d", "5 s"}, "want a duration of 0s or more"},
+		{"shutdown-timeout", []string{"10", "0", "-1ns", "soon"}, "want a duration of 0s or more"},
+		{"allowed-origins", []string{"example.com", "localhost:3000", "null", "https://", "https://:8080", "//a.example", "https://a b.example",
+			"https://a.example,", ",https://a.example", "https://a.example,,https://b.example", " ", "*,https://a.example", "*,*",
+			"wss://a.example", "file:///x", "file://a.example", "https://a.example:x", "https://%41.example", "https://[a.example]"}, "want the scheme://host[:port] of a page"},
+		{"allowed-origins", []string{"https://a.example/", "https://a.example/x", "https://a.example?q", "https://a.example?", "https://a.example#f", "https://a.example#",
+			"https://u@a.example", "https://u:p@a.example", "https://a.example:443", "https://a.example:", "https://a.example:0443"}, "want https://a.example, as browsers send it"},
+		{"allowed-origins", []string{"http://a.example:80"}, "want http://a.example, as browsers send it"},
+		{"allowed-origins", []string{"http://a.example:08080"}, "want http://a.example:8080, as browsers send it"},
+		{"allowed-origins", []string{"http://[2001:db8:0::1]"}, "want http://[2001:db8::1], as browsers send it"},
+		{"allowed-origins", []string{"https://a.example:65536"}, "want a port number"},
+		{"allowed-origins", []string{"https://bücher.example", "https://*corp.example", "https://a*.corp.example", "https://*.*.corp.example", "https://a.*.example", "https://*", "https://*.",
+			"https://a..example", "https://.a.example", "https://*.192.0.2.1", "http://127.1", "http://0x7f.1", "http://1.2.3.4.", "http://0x7f000001", "http://[fe80::1%25lo]", "http://[::ffff:102:304]", "https://a!.example"}, "want a host of ASCII letters"},
+	} {
+		variable := strings.ToUpper(strings.ReplaceAll(tt.flag, "-", "_"))
+		for _, value := range tt.values {
+			t.Run(tt.flag+"="+value, func(t *testing.T) {
+				t.Parallel()
+				refused(t, []string{"-host", "192.0.2.1", "-" + tt.flag, value}, nil, "flag -"+tt.flag, fmt.Sprintf("%q", value), tt.want)
+				refused(t, []string{"-host", "192.0.2.1"}, map[string]string{variable: value}, "variable "+variable, fmt.Sprintf("%q", value), tt.want)
+			})
+		}
+	}
+	for _, tt := range []struct {
+		name string
+		args []string
+		want []string
+	}{
+		{"unknown flag", []string{"-prot", "80"}, []string{"-prot", "-h lists the flags"}},
+		{"no value", []string{"-port"}, []string{"-port", "-h lists the flags"}},
+		{"empty list", []string{"-allowed-origins", ""}, []string{"flag -allowed-origins", `""`, "want"}},
+		{"bad probe", []string{"-probe=maybe"}, []string{"-probe", `"maybe"`, "-h lists the flags"}},
+		{"stray argument", []string{"serve"}, []string{`"serve"`, "want only flags"}},
+		{"stray argument behind flags", []string{"-port", "80", "serve"}, []string{`"serve"`, "want only flags"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			refused(t, tt.args, map[string]string{"HOST": "192.0.2.1"}, tt.want...)
+		})
+	}
+}
+
+// refused checks that the program ends with code 2 and one line that has all of want.
+func refused(t *testing.T, args []string, env map[string]string, want ...string) {
+	t.Helper()
+	var stdout, stderr bytes.Buffer
+	if code := run(args, func(key string) string { return env[key] }, &stdout, &stderr); code != 2 {
+		t.Errorf("%q %v: got exit code %d, want 2", args, env, code)
+	}
+	line := stderr.String()
+	if strings.Count(line, "\n") != 1 || stdout.Len() > 0 {
+		t.Errorf("%q %v: got %q and %q, want one line on standard error", args, env, line, stdout.String())
+	}
+	for _, w := range want {
+		if !strings.Contains(line, w) {
+			t.Errorf("%q %v: got %q, want it to have %q", args, env, line, w)
+		}
+	}
+}
+
+func TestHelp(t *testing.T) {
+	t.Parallel()
+	for _, arg := range []string{"-h", "-help", "--help"} {
+		var stdout, stderr bytes.Buffer
+		if code := run([]string{arg}, func(string) string { return "" }, &stdout, &stderr); code != 0 || stderr.Len() > 0 {
+			t.Errorf("%s: got exit code %d and errors %q, want 0 and none", arg, code, stderr.String())
+		}
+		help := stdout.String()
+		for _, want := range []string{"-host", "[HOST]", "-port", "[PORT] (default 5034)", "-allowed-origins", "[ALLOWED_ORIGINS] (default *)",
+			"-drain-delay", "[DRAIN_DELAY] (default 0s)", "-shutdown-timeout", "[SHUTDOWN_TIMEOUT] (default 10s)", "-probe"} {
+			if !strings.Contains(help, want) {
+				t.Errorf("%s: got %q, want it to have %q", arg, help, want)
+			}
+		}
+	}
+}
+
+func TestCannotListen(t *testing.T) {
+	t.Parallel()
+	taken := httptest.NewServer(http.NotFoundHandler())
+	defer taken.Close()
+	_, port, _ := net.SplitHostPort(taken.Listener.Addr().String())
+	for _, tt := range []struct{ name, host, port, want string }{
+		{"port in use", "127.0.0.1", port, "in use"},
+		{"address of another machine", "192.0.2.1", "0", "192.0.2.1"},
+		{"no such host", "no host", "0", "no host"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var stderr bytes.Buffer
+			code := run([]string{"-host", tt.host, "-port", tt.port}, func(string) string { return "" }, io.Discard, &stderr)
+			line := stderr.String()
+			if code != 1 || strings.Count(line, "\n") != 1 || !strings.Contains(line, tt.want) || !strings.Contains(line, "-port (PORT)") {
+				t.Errorf("got exit code %d and %q, want 1 and one line with %q and the flags to change", code, line, tt.want)
+			}
+		})
+	}
+}
+
+func TestProbe(t *testing.T) {
+	t.Parallel()
+	hung := make(chan struct{})
+	t.Cleanup(func() { close(hung) })
+	var healthy, draining atomic.Bool
+	draining.Store(true)
+	for _, tt := range []struct {
+		name    string
+		handler http.HandlerFunc
+		host    string
+		want    int
+		says    string
+	}{
+		{"healthy", newHandler(&healthy, nil).ServeHTTP, "127.0.0.1", 0, "200 OK: " + strings.TrimSpace(healthyBody)},
+		{"empty host", newHandler(&healthy, nil).ServeHTTP, "", 0, "http://127.0.0.1:"},
+		{"unspecified IPv4 host", newHandler(&healthy, nil).ServeHTTP, "0.0.0.0", 0, "http://127.0.0.1:"},
+		{"unspecified IPv6 host", newHandler(&healthy, nil).ServeHTTP, "::", 0, "http://127.0.0.1:"},
+		{"draining", newHandler(&draining, nil).ServeHTTP, "127.0.0.1", 1, "503 Service Unavailable: " + strings.TrimSpace(drainingBody)},
+		{"another program", http.NotFound, "127.0.0.1", 1, "404 Not Found: 404 page not found: want 200"},
+		{"204", func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(204) }, "127.0.0.1", 1, "204 No Content"},
+		{"redirect to 200", func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/health" {
+				http.Redirect(w, r, "/", http.StatusFound)
+			}
+		}, "127.0.0.1", 1, "302 Found"},
+		{"many lines", func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(500)
+			io.WriteString(w, strings.Repeat("a\r\n\n", 1000))
+		}, "127.0.0.1", 1, "500 Internal Server Error: a a a"},
+		{"no answer", func(w http.ResponseWriter, r *http.Request) { <-hung }, "127.0.0.1", 1, "Client.Timeout"},
+		{"half an answer", func(w http.ResponseWriter, r *http.Request) {
+			w.(http.Flusher).Flush()
+			<-hung
+		}, "127.0.0.1", 1, "200 OK: : context deadline exceeded"},
+		{"nobody there", nil, "127.0.0.1", 1, "refused"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			asked := make(chan string, 2)
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				asked <- r.Method + " " + r.URL.Path
+				tt.handler(w, r)
+			}))
+			_, port, _ := net.SplitHostPort(server.Listener.Addr().String())
+			if tt.handler == nil {
+				server.Close()
+			}
+			var stdout, stderr bytes.Buffer
+			env := map[string]string{"HOST": tt.host, "PORT": port}
+			if code := run([]string{"-probe"}, func(key string) string { return env[key] }, &stdout, &stderr); code != tt.want {
+				t.Errorf("got exit code %d, want %d", code, tt.want)
+			}
+			said, silent := &stdout, &stderr
+			if tt.want != 0 {
+				said, silent = &stderr, &stdout
+			}
+			if line := said.String(); strings.Count(line, "\n") != 1 || !strings.Contains(line, tt.says) || silent.Len() > 0 {
+				t.Errorf("got %q and %q, want one line with %q", line, silent.String(), tt.says)
+			}
+			if tt.handler != nil && (<-asked != "GET /health" || len(asked) > 0) {
+				t.Error("got other requests than one GET /health")
+			}
+		})
+	}
+}
+
+// TestProbeUsesNoProxy asks for LOCALHOST, which net/http does not exempt from
+// proxies as it does localhost.
+func TestProbeUsesNoProxy(t *testing.T) {
+	t.Parallel()
+	p := start(t, nil)
+	_, port, _ := net.SplitHostPort(p.addr)
+	out, err := command([]string{"HOST=LOCALHOST", "PORT=" + port, "HTTP_PROXY=http://127.0.0.1:1", "http_proxy=http://127.0.0.1:1"}, "-probe").CombinedOutput()
+	if err != nil {
+		t.Errorf("got %v and %q, want exit code 0", err, out)
+	}
+}
+
+// TestServe runs the life of the process inside the test, for the coverage.
+func TestServe(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name string
+		args []string
+		want string // error; none if empty
+	}{
+		{"one signal", nil, ""},
+		{"two signals", []string{"-drain-delay", "1h"}, "second signal: interrupt"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			c, _, err := parse(append(tt.args, "-host", "127.0.0.1", "-port", "0"), func(string) string { return "" })
+			if err != nil {
+				t.Fatal(err)
+			}
+			signals := make(chan os.Signal, 2)
+			signals <- syscall.SIGTERM
+			if tt.want != "" {
+				signals <- os.Interrupt
+			}
+			if err := serve(c, signals, slog.New(slog.DiscardHandler)); fmt.Sprint(err) != cmp.Or(tt.want, "<nil>") {
+				t.Errorf("got error %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+// process is the program in a process of its own: the test binary again, which
+// TestMain turns into main.
+type process struct {
+	*exec.Cmd
+	addr string      // it listens on
+	log  chan string // its standard error by lines, closed at the end
+}
+
+func command(env []string, args ...string) *exec.Cmd {
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append([]string{"TEST_BE_THE_PROGRAM=1", "GOCOVERDIR=" + os.TempDir()}, env...)
+	return cmd
+}
+
+// start runs the program on a free loopback port and returns once it listens.
+func start(t *testing.T, env []string, args ...string) *process {
+	t.Helper()
+	p := &process{Cmd: command(append([]string{"HOST=127.0.0.1", "PORT=0"}, env...), args...), log: make(chan string, 100)}
+	stderr, err := p.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		p.Process.Kill()
+		p.Wait()
+	})
+	go func() {
+		defer close(p.log)
+		for lines := bufio.NewScanner(stderr); lines.Scan(); {
+			p.log <- lines.Text()
+		}
+	}()
+	_, rest, _ := strings.Cut(p.waitFor(t, "msg=listening"), "addr=")
+	p.addr, _, _ = strings.Cut(rest, " ")
+	return p
+}
+
+// waitFor returns the next line of the log that has text.
+func (p *process) waitFor(t *testing.T, text string) string {
+	t.Helper()
+	var seen []string
+	for timeout := time.After(patience); ; {
+		select {
+		case line, ok := <-p.log:
+			if strings.Contains(line, text) {
+				return line
+			}
+			if seen = append(seen, line); !ok {
+				t.Fatalf("the program ended; got log %q, want a line with %q", seen, text)
+			}
+		case <-timeout:
+			t.Fatalf("got log %q, want a line with %q", seen, text)
+		}
+	}
+}
+
+// exit waits for the end and returns the exit code and the rest of the log.
+func (p *process) exit(t *testing.T) (code int, log []string) {
+	t.Helper()
+	for timeout := time.After(patience); ; {
+		select {
+		case line, ok := <-p.log:
+			if !ok {
+				p.Wait()
+				return p.ProcessState.ExitCode(), log
+			}
+			log = append(log, line)
+		case <-timeout:
+			t.Fatalf("still running; got log %q", log)
+		}
+	}
+}
+
+func (p *process) signal(t *testing.T, s os.Signal) {
+	t.Helper()
+	if err := p.Process.Signal(s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// do sends req on a connection of its own.
+func do(t *testing.T, req *http.Request) (resp *http.Response, body string) {
+	t.Helper()
+	client := http.Client{Transport: &http.Transport{}, Timeout: patience}
+	defer client.CloseIdleConnections()
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp, string(b)
+}
+
+func (p *process) get(t *testing.T, path string) (resp *http.Response, body string) {
+	t.Helper()
+	req, err := http.NewRequest("GET", "http://"+p.addr+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Origin", "https://a.example")
+	return do(t, req)
+}
+
+// half sends half a request and returns once the program has accepted it, with
+// what sends the other half and returns the answer.
+func (p *process) half(t *testing.T) (rest func() *http.Response) {
+	t.Helper()
+	conn, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(patience))
+	io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: a.exa")
+	p.get(t, "/health") // accepted in order, so conn has been too
+	return func() *http.Response {
+		t.Helper()
+		io.WriteString(conn, "mple\r\n\r\n")
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatalf("other half: got error %v, want an answer", err)
+		}
+		return resp
+	}
+}
+
+// closed waits until the listener no longer accepts connections.
+func (p *process) closed(t *testing.T) {
+	t.Helper()
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		conn, err := net.Dial("tcp", p.addr)
+		if err != nil {
+			return
+		}
+		conn.Close()
+	}
+	t.Fatal("the listener is still open")
+}
+
+func TestSignalEndsProcess(t *testing.T) {
+	t.Parallel()
+	for _, s := range []os.Signal{syscall.SIGTERM, os.Interrupt} {
+		t.Run(s.String(), func(t *testing.T) {
+			t.Parallel()
+			p := start(t, nil)
+			for range 3 {
+				p.get(t, "/health")
+			}
+			p.signal(t, s)
+			code, log := p.exit(t)
+			if code != 0 {
+				t.Errorf("got exit code %d, want 0", code)
+			}
+			if len(log) != 2 || !strings.Contains(log[0], "msg=draining") || !strings.Contains(log[0], "delay=0s") || !strings.Contains(log[1], "msg=stopped") {
+				t.Errorf("got log %q, want only a line for draining, with the delay, and one for stopped", log)
+			}
+		})
+	}
+}
+
+func TestListeningLine(t *testing.T) {
+	t.Parallel()
+	for _, host := range []string{"127.0.0.1", "0.0.0.0", "::"} {
+		t.Run(host, func(t *testing.T) {
+			t.Parallel()
+			cmd := start(t, []string{"PORT=1"}, "-host", host, "-port", "0")
+			_, port, err := net.SplitHostPort(cmd.addr)
+			if err != nil || port == "0" || port == "1" {
+				t.Errorf("got address %q, want the real one", cmd.addr)
+			}
+			cmd.addr = "127.0.0.1:" + port
+			if resp, _ := cmd.get(t, "/health"); resp.StatusCode != 200 {
+				t.Errorf("got %d from %s, want 200", resp.StatusCode, cmd.addr)
+			}
+		})
+	}
+}
+
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	p := start(t, []string{"DRAIN_DELAY=1s", "ALLOWED_ORIGINS=https://a.example"})
+	if resp, body := p.get(t, "/health"); resp.StatusCode != 200 || body != healthyBody {
+		t.Errorf("before: got %d %q, want 200 %q", resp.StatusCode, body, healthyBody)
+	}
+	rest := p.half(t)
+	p.signal(t, syscall.SIGTERM)
+	if line := p.waitFor(t, "msg=draining"); !strings.Contains(line, "delay=1s") {
+		t.Errorf("got log line %q, want the delay of 1s", line)
+	}
+	began := time.Now()
+	resp, body := p.get(t, "/health")
+	if resp.StatusCode != 503 || body != drainingBody || !resp.Close {
+		t.Errorf("draining: got %d %q, Connection: close %t; want 503 %q, true", resp.StatusCode, body, resp.Close, drainingBody)
+	}
+	if got := resp.Header.Get("Access-Control-Allow-Origin"); got != "https://a.example" {
+		t.Errorf("draining: got Access-Control-Allow-Origin %q, want the page's origin", got)
+	}
+	if resp, _ := p.get(t, "/"); resp.StatusCode != 404 || resp.Close {
+		t.Errorf("draining, other path: got %d, Connection: close %t; want 404, false", resp.StatusCode, resp.Close)
+	}
+	if resp := rest(); resp.StatusCode != 503 {
+		t.Errorf("half-sent request: got %d, want 503", resp.StatusCode)
+	}
+	p.closed(t)
+	if got := time.Since(began); got < 900*time.Millisecond {
+		t.Errorf("the listener closed after %v, want the drain delay of 1s", got)
+	}
+	if code, log := p.exit(t); code != 0 {
+		t.Errorf("got exit code %d and log %q, want 0", code, log)
+	}
+}
+
+func TestHalfSentRequestOutlivesListener(t *testing.T) {
+	t.Parallel()
+	p := start(t, nil)
+	rest := p.half(t)
+	p.signal(t, syscall.SIGTERM)
+	p.closed(t)
+	if resp := rest(); resp.StatusCode != 503 {
+		t.Errorf("got %d, want 503", resp.StatusCode)
+	}
+	if code, log := p.exit(t); code != 0 {
+		t.Errorf("got exit code %d and log %q, want 0", code, log)
+	}
+}
+
+func TestShutdownTimeout(t *testing.T) {
+	t.Parallel()
+	p := start(t, []string{"SHUTDOWN_TIMEOUT=50ms"})
+	p.half(t)
+	p.signal(t, syscall.SIGTERM)
+	code, log := p.exit(t)
+	if code != 1 || len(log) != 2 || !strings.Contains(log[1], "SHUTDOWN_TIMEOUT") {
+		t.Errorf("got exit code %d and log %q, want 1 and a last line that names SHUTDOWN_TIMEOUT", code, log)
+	}
+}
+
+func TestSecondSignal(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name   string
+		env    []string
+		second os.Signal
+	}{
+		{"in the drain delay", []string{"DRAIN_DELAY=1h"}, syscall.SIGTERM},
+		{"Ctrl-C after SIGTERM", []string{"DRAIN_DELAY=1h"}, os.Interrupt},
+		{"in the shutdown", []string{"SHUTDOWN_TIMEOUT=1h"}, syscall.SIGTERM},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			p := start(t, tt.env)
+			p.half(t)
+			p.signal(t, syscall.SIGTERM)
+			p.waitFor(t, "msg=draining")
+			p.signal(t, tt.second)
+			code, log := p.exit(t)
+			if code != 1 || len(log) != 1 || !strings.Contains(log[0], "second signal: "+tt.second.String()) {
+				t.Errorf("got exit code %d and log %q, want 1 and the second signal", code, log)
+			}
+		})
+	}
+}
+
+func TestHeaderLimit(t *testing.T) {
+	t.Parallel()
+	p := start(t, nil)
+	for size, want := range map[int]int{15 << 10: 200, 21 << 10: 431} { // net/http adds 4 KiB to the limit
+		req, err := http.NewRequest("GET", "http://"+p.addr+"/health", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Cookie", strings.Repeat("x", size))
+		if resp, _ := do(t, req); resp.StatusCode != want {
+			t.Errorf("%d bytes of headers: got %d, want %d", size, resp.StatusCode, want)
+		}
+	}
+}
+
+// discard is a ResponseWriter that costs nothing.
+type discard struct{ header http.Header }
+
+func (d discard) Header() http.Header         { return d.header }
+func (d discard) Write(b []byte) (int, error) { return len(b), nil }
+func (d discard) WriteHeader(int)             {}
+
+// handlerCases are the requests whose cost is held and shown.
+var handlerCases = []struct {
+	name, origins string
+	draining      bool
+	header        http.Header
+	method        string
+	maxAllocs     float64
+}{
+	{"no origin", "*", false, nil, "GET", 0},
+	{"draining", "*", true, nil, "GET", 0},
+	{"origin", "*", false, http.Header{"Origin": {"https://a.example"}}, "GET", 1},
+	{"listed origin", "https://b.example,https://a.example", false, http.Header{"Origin": {"https://a.example"}}, "GET", 1},
+	{"wildcard origin", "https://*.corp.example", false, http.Header{"Origin": {"https://a.corp.example"}}, "GET", 1},
+	{"preflight", "*", false, http.Header{"Origin": {"https://a.example"}, "Access-Control-Request-Method": {"GET"}, "Access-Control-Request-Headers": {"authorization"}}, "OPTIONS", 1},
+}
+
+// handle returns a function that handles the request of the i-th case once.
+func handle(tb testing.TB, i int) func() {
+	tt := handlerCases[i]
+	origins, err := parseOrigins(tt.origins)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	var draining atomic.Bool
+	draining.Store(tt.draining)
+	handler := newHandler(&draining, origins)
+	req := httptest.NewRequest(tt.method, "/health", nil)
+	req.Header = tt.header
+	w := discard{http.Header{}}
+	return func() {
+		clear(w.header)
+		handler.ServeHTTP(w, req)
+	}
+}
+
+func TestAllocations(t *testing.T) {
+	for i, tt := range handlerCases {
+		if got := testing.AllocsPerRun(100, handle(t, i)); got > tt.maxAllocs {
+			t.Errorf("%s: got %v allocations, want %v at most", tt.name, got, tt.maxAllocs)
+		}
+	}
+}
+
+func BenchmarkHandler(b *testing.B) {
+	for i, tt := range handlerCases {
+		b.Run(tt.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for once := handle(b, i); b.Loop(); {
+				once()
+			}
+		})
+	}
+}
