@@ -1,0 +1,37 @@
+package ci
+
+import (
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+)
+
+// TestBrowser runs the dashboard's lines in a page of another origin.
+func TestBrowser(t *testing.T) {
+	t.Parallel()
+	var script string
+	page := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, "<!doctype html><title>waiting</title><script type=module>try { %s } catch (e) { document.title = 'blocked: ' + e }</script>", script)
+	}))
+	defer page.Close()
+	list := strings.TrimSpace(block(t, "ini dashboard.env"))
+	allowed := start(t, service, "0", replace(t, list, "https://dashboard.example", page.URL))
+	other := start(t, service, "0", list)
+	t.Log(output(t, "chromium", "--version"))
+	for _, tt := range []struct {
+		name string
+		in   *instance
+		want string
+	}{
+		{"on the list", allowed, "<title>200 healthy: WhatsApp Contact Processor API is running</title>"},
+		{"not on the list", other, "<title>blocked: TypeError: Failed to fetch</title>"},
+	} {
+		script = replace(t, block(t, "js dashboard.js"), "localhost:5034", tt.in.addr)
+		dom := output(t, "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--user-data-dir="+t.TempDir(), "--virtual-time-budget=10000", "--dump-dom", page.URL)
+		if !strings.Contains(dom, tt.want) {
+			t.Errorf("%s: got %s, want %s", tt.name, dom, tt.want)
+		}
+	}
+}

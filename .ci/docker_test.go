@@ -1,0 +1,57 @@
+package ci
+
+import (
+	"os/exec"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// TestDocker runs the README's block as it stands, then holds the image and a
+// draining container against what the README says of them.
+func TestDocker(t *testing.T) {
+	run := func(commands string) string {
+		t.Helper()
+		return output(t, "bash", "-euc", "cd ..; "+commands)
+	}
+	t.Cleanup(func() { exec.Command("docker", "rm", "-f", "contact-processor", "contact-processor-drain").Run() })
+	t.Log(run("docker version --format 'engine {{.Server.Version}}'"))
+	run(block(t, "sh docker"))
+	health := func(name, want string) {
+		t.Helper()
+		until(t, name+" to be "+want, func() bool {
+			return run("docker inspect --format '{{.State.Health.Status}}' "+name) == want
+		})
+	}
+	until(t, "the published port", func() bool { code, _ := get("http://localhost:5034/health"); return code == 200 })
+	health("contact-processor", "healthy")
+	if out := run("docker stop contact-processor; docker inspect --format 'exit code {{.State.ExitCode}}, killed for memory {{.State.OOMKilled}}' contact-processor"); !strings.HasSuffix(out, "exit code 0, killed for memory false") {
+		t.Errorf("got %q, want exit code 0", out)
+	}
+
+	// An instance that drains, asked every second; another port through the environment.
+	run("docker run -d --name contact-processor-drain -e PORT=8080 -e DRAIN_DELAY=8s --health-interval 1s --read-only --cap-drop ALL --security-opt no-new-privileges --memory 32m whatsapp-contact-processor")
+	health("contact-processor-drain", "healthy")
+	run("docker kill --signal TERM contact-processor-drain")
+	health("contact-processor-drain", "unhealthy")
+	if code := run("docker wait contact-processor-drain"); code != "0" {
+		t.Errorf("drained: got exit code %s, want 0", code)
+	}
+
+	image := run("docker image inspect --format '{{.Config.User}} {{.Size}} {{len .RootFS.Layers}}' whatsapp-contact-processor")
+	fields := strings.Fields(image)
+	if user, _, _ := strings.Cut(fields[0], ":"); user == "0" || strings.Trim(user, "0123456789") != "" {
+		t.Errorf("got user %s, want a number that is not root's", fields[0])
+	}
+	if size, err := strconv.Atoi(fields[1]); err != nil || size > 7_000_000 {
+		t.Errorf("got an image of %s bytes, want 7,000,000 at most", fields[1])
+	}
+	if files := run("id=$(docker create whatsapp-contact-processor); docker export $id | tar -t --exclude='dev*' --exclude='etc*' --exclude='proc*' --exclude='sys*' --exclude=.dockerenv; docker rm $id >/dev/null"); files != "whatsapp-contact-processor" {
+		t.Errorf("got files %q in the image, want the binary alone", files)
+	}
+	arch := run("docker build -q --platform linux/arm64 -t whatsapp-contact-processor:arm64 . >/dev/null; docker image inspect --format '{{.Architecture}}' whatsapp-contact-processor:arm64; docker rmi whatsapp-contact-processor:arm64 >/dev/null")
+	if arch != "arm64" {
+		t.Errorf("got an image for %s, want arm64", arch)
+	}
+	t.Logf("image: %s bytes, user %s", fields[1], fields[0])
+}
