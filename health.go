@@ -31,8 +31,7 @@ func newAnswer(code int, status, message string, header http.Header) http.Handle
 }
 
 // newHandler answers probes, with 503 once draining is true, and lets the pages of
-// origins, as parseOrigins returns them, read every answer, the 503 too. Nobody
-// logs in here, so credentials are never allowed.
+// origins read every answer. Nobody logs in here: credentials are never allowed.
 func newHandler(draining *atomic.Bool, origins []string) http.Handler {
 	healthy := newAnswer(http.StatusOK, "healthy", "WhatsApp Contact Processor API is running", http.Header{})
 	// Load balancers look for a substring: no "healthy" here, not even in "unhealthy".
@@ -46,10 +45,16 @@ func newHandler(draining *atomic.Bool, origins []string) http.Handler {
 		}
 		healthy(w, r)
 	})
-	return cors.New(cors.Options{
+	handler := cors.New(cors.Options{
 		AllowedOrigins: origins,
 		AllowedMethods: []string{http.MethodGet, http.MethodHead},
 		AllowedHeaders: []string{"*"},
 		MaxAge:         600, // seconds: spares a polling page its preflights, yet a new allow list is seen soon
 	}).Handler(mux)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength != 0 { // not waited for; and a chunked one may smuggle: RFC 9112, section 6.3
+			w.Header().Set("Connection", "close")
+		}
+		handler.ServeHTTP(w, r)
+	})
 }

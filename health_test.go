@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -73,6 +74,7 @@ func TestAnswers(t *testing.T) {
 		{name: "OPTIONS, no preflight", method: "OPTIONS", target: "/health", wantCode: 405, wantAllow: "GET, HEAD"},
 		{name: "unknown method", method: "BREW", target: "/health", wantCode: 405, wantAllow: "GET, HEAD"},
 		{name: "POST draining", draining: true, method: "POST", target: "/health", wantCode: 405, wantAllow: "GET, HEAD"},
+		{name: "POST with a body", method: "POST", target: "/health", body: "x", wantCode: 405, wantAllow: "GET, HEAD"},
 		{name: "root", method: "GET", target: "/", wantCode: 404},
 		{name: "trailing slash", method: "GET", target: "/health/", wantCode: 404},
 		{name: "healthz", method: "GET", target: "/healthz", wantCode: 404},
@@ -94,8 +96,8 @@ func TestAnswers(t *testing.T) {
 			if got := resp.Header.Get("Allow"); got != tt.wantAllow {
 				t.Errorf("Allow: got %q, want %q", got, tt.wantAllow)
 			}
-			if resp.Close != (tt.draining && tt.wantLength != "") {
-				t.Errorf("Connection: close: got %t", resp.Close)
+			if want := tt.draining && tt.wantLength != "" || tt.body != ""; resp.Close != want {
+				t.Errorf("Connection: close: got %t, want %t", resp.Close, want)
 			}
 			if tt.wantLength == "" {
 				return
@@ -772,6 +774,78 @@ func TestHeaderLimit(t *testing.T) {
 		if resp, _ := do(t, req); resp.StatusCode != want {
 			t.Errorf("%d bytes of headers: got %d, want %d", size, resp.StatusCode, want)
 		}
+	}
+}
+
+// TestHostileClients sends what no HTTP library would: each gets a 4xx or a closed
+// connection, at once, and the next client its answer.
+func TestHostileClients(t *testing.T) {
+	t.Parallel()
+	p := start(t, nil)
+	const get = "GET /health HTTP/1.1\r\nHost: a.example\r\n"
+	for _, tt := range []struct {
+		name, raw string
+		want      []int  // codes of the answers, in order
+		then      string // the connection is closed, kept, or held until the body's time is over
+	}{
+		{"two lengths", get + "Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", []int{400}, "closed"},
+		{"length with chunked", get + "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get + "\r\n", []int{200}, "closed"},
+		{"length with chunked elsewhere", "POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get + "\r\n", []int{404}, "closed"},
+		// The two 5xx that net/http itself sends: RFC 9112, section 6.1, and RFC 9110, section 15.6.6.
+		{"chunked twice", get + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{501}, "closed"},
+		{"HTTP/3.0", "GET /health HTTP/3.0\r\nHost: a.example\r\n\r\n", []int{505}, "closed"},
+		{"negative length", get + "Content-Length: -1\r\n\r\n", []int{400}, "closed"},
+		{"space before the colon", get + "Content-Length : 1\r\n\r\na", []int{400}, "closed"},
+		{"folded header", get + " folded: 1\r\n\r\n", []int{400}, "closed"},
+		{"NUL in a header", get + "X: a\x00b\r\n\r\n", []int{400}, "closed"},
+		{"NUL in the path", "GET /hea\x00lth HTTP/1.1\r\nHost: a.example\r\n\r\n", []int{400}, "closed"},
+		{"two hosts", get + "Host: b.example\r\n\r\n", []int{400}, "closed"},
+		{"no host", "GET /health HTTP/1.1\r\n\r\n", []int{400}, "closed"},
+		{"TLS", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", []int{400}, "closed"},
+		{"HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", []int{400}, "closed"},
+		{"no version", "GET /health\r\n\r\n", []int{400}, "closed"},
+		{"200 KB of headers", get + "Cookie: " + strings.Repeat("x", 200<<10) + "\r\n\r\n", []int{431}, "closed"},
+		{"endless path", "GET /" + strings.Repeat("x", 200<<10), []int{431}, "closed"},
+		{"half and gone", get, nil, "held"},
+		{"body that never comes", get + "Content-Length: 10\r\n\r\n", []int{200}, "held"},
+		{"pipelining", get + "\r\n" + get + "\r\n" + get + "\r\n", []int{200, 200, 200}, "kept"},
+		{"HTTP/1.0", "GET /health HTTP/1.0\r\n\r\n", []int{200}, "closed"},
+		{"HTTP/1.0 kept", "GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", []int{200}, "kept"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			conn, err := net.Dial("tcp", p.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(patience))
+			go io.WriteString(conn, tt.raw) // the program may answer and close before it has read all
+			answers := bufio.NewReader(conn)
+			for i, want := range tt.want {
+				resp, err := http.ReadResponse(answers, nil)
+				if err != nil {
+					t.Fatalf("answer %d: got error %v, want %d", i, err, want)
+				}
+				if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != want {
+					t.Errorf("answer %d: got %d and error %v, want %d", i, resp.StatusCode, err, want)
+				}
+			}
+			switch tt.then {
+			case "closed":
+				if n, err := answers.Read(make([]byte, 1)); n > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("got %d bytes more and error %v, want a closed connection", n, err)
+				}
+			case "kept":
+				io.WriteString(conn, get+"\r\n")
+				if resp, err := http.ReadResponse(answers, nil); err != nil || resp.StatusCode != 200 {
+					t.Errorf("got %v and error %v, want one more answer", resp, err)
+				}
+			}
+			if resp, _ := p.get(t, "/health"); resp.StatusCode != 200 {
+				t.Errorf("next client: got %d, want 200", resp.StatusCode)
+			}
+		})
 	}
 }
 

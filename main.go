@@ -22,8 +22,7 @@ import (
 	"time"
 )
 
-// A probe takes milliseconds. What takes longer than these limits is a broken or
-// hostile client, and ends before such clients add up.
+// A probe takes milliseconds; a client that needs more is broken or hostile.
 const (
 	readHeaderTimeout = 5 * time.Second       // for a client that drips its headers
 	readTimeout       = 10 * time.Second      // for a body that never comes
@@ -31,7 +30,6 @@ const (
 	idleTimeout       = 120 * time.Second     // over the 60 s of load balancers, so that they close first
 	maxHeaderBytes    = 16 << 10              // room for tokens and cookies; net/http adds 4 KiB
 	probeTimeout      = 2 * time.Second       // under the 3 s of the image's HEALTHCHECK
-	probeBodyBytes    = 512                   // of an answer that -probe repeats
 	lastCall          = 50 * time.Millisecond // for requests on their way when the listener closes
 )
 
@@ -179,7 +177,7 @@ func probe(url string, stdout io.Writer) error {
 		return err
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, probeBodyBytes))
+	body, err := io.ReadAll(io.LimitReader(resp.Body, 512)) // bytes, enough to see who answers
 	said := fmt.Sprintf("%s answered %s: %s", url, resp.Status, strings.Join(strings.Fields(string(body)), " "))
 	if err != nil || resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("%s: %w", said, cmp.Or(err, errors.New("want 200 OK")))
@@ -212,7 +210,6 @@ func serve(c config, signals <-chan os.Signal, log *slog.Logger) error {
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(ln) }()
 	log.Info("listening", "addr", ln.Addr(), "url", healthURL(ln.Addr().String()))
-
 	select {
 	case err := <-served:
 		return err
