@@ -11,9 +11,12 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"reflect"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -457,7 +460,7 @@ func TestProbeUsesNoProxy(t *testing.T) {
 	t.Parallel()
 	p := start(t, nil)
 	_, port, _ := net.SplitHostPort(p.addr)
-	out, err := command([]string{"HOST=LOCALHOST", "PORT=" + port, "HTTP_PROXY=http://127.0.0.1:1", "http_proxy=http://127.0.0.1:1"}, "-probe").CombinedOutput()
+	out, err := command(t, []string{"HOST=LOCALHOST", "PORT=" + port, "HTTP_PROXY=http://127.0.0.1:1", "http_proxy=http://127.0.0.1:1"}, "-probe").CombinedOutput()
 	if err != nil {
 		t.Errorf("got %v and %q, want exit code 0", err, out)
 	}
@@ -500,16 +503,19 @@ type process struct {
 	log  chan string // its standard error by lines, closed at the end
 }
 
-func command(env []string, args ...string) *exec.Cmd {
+// command returns the program with no environment but env, and what keeps the
+// coverage and the race detector of the test binary quiet.
+func command(t *testing.T, env []string, args ...string) *exec.Cmd {
+	t.Helper()
 	cmd := exec.Command(os.Args[0], args...)
-	cmd.Env = append([]string{"TEST_BE_THE_PROGRAM=1", "GOCOVERDIR=" + os.TempDir()}, env...)
+	cmd.Env = append([]string{"TEST_BE_THE_PROGRAM=1", "GOCOVERDIR=" + t.TempDir(), "GORACE=atexit_sleep_ms=0"}, env...)
 	return cmd
 }
 
 // start runs the program on a free loopback port and returns once it listens.
 func start(t *testing.T, env []string, args ...string) *process {
 	t.Helper()
-	p := &process{Cmd: command(append([]string{"HOST=127.0.0.1", "PORT=0"}, env...), args...), log: make(chan string, 100)}
+	p := &process{Cmd: command(t, append([]string{"HOST=127.0.0.1", "PORT=0"}, env...), args...), log: make(chan string, 100)}
 	stderr, err := p.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -908,4 +914,126 @@ func BenchmarkHandler(b *testing.B) {
 			}
 		})
 	}
+}
+
+// FuzzHandler sends any request that net/http can hand to the handler.
+func FuzzHandler(f *testing.F) {
+	const list = "https://a.example,http://localhost:3000,https://*.corp.example"
+	f.Add("GET", "/health", "https://a.example", "", "", false, false)
+	f.Add("HEAD", "/health", "https://x.corp.example", "", "", true, false)
+	f.Add("OPTIONS", "/health", "http://localhost:3000", "GET", "authorization,x-request-id", false, false)
+	f.Add("OPTIONS", "/health", "https://any.example", "GET", "x", true, true)
+	f.Add("OPTIONS", "*", "null", "DELETE", "", false, true)
+	f.Add("POST", "/health", "https://b.example", "", "", true, true)
+	f.Add("CONNECT", "/health", "https://corp.example", "", "", false, false)
+	f.Add("GET", "//health/../%2e/?a;b", "https://a.example/", "", "", false, false)
+	f.Add("GET", "http://b.example/health", "HTTPS://A.EXAMPLE", "PUT", ",,", true, false)
+	origins, err := parseOrigins(list)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, method, target, origin, asks, headers string, drain, all bool) {
+		u, err := url.ParseRequestURI(target)
+		if err != nil {
+			t.Skip("net/http answers 400")
+		}
+		var draining atomic.Bool
+		draining.Store(drain)
+		allowed := origins
+		if all {
+			allowed = []string{"*"}
+		}
+		req := &http.Request{Method: method, URL: u, Host: "a.example", RequestURI: target, Header: http.Header{}, Body: http.NoBody}
+		for key, value := range map[string]string{"Origin": origin, "Access-Control-Request-Method": asks, "Access-Control-Request-Headers": headers} {
+			if value != "" {
+				req.Header.Set(key, value)
+			}
+		}
+		rec := httptest.NewRecorder()
+		newHandler(&draining, allowed).ServeHTTP(rec, req)
+
+		health := u.Path == "/health" && (method == "GET" || method == "HEAD")
+		switch code := rec.Code; {
+		case code == 200 && health && !drain, code == 503 && health && drain:
+		case code == 204 && method == "OPTIONS" && asks != "", code == 404 && !health, code == 405 && !health, code >= 300 && code < 400 && !health:
+		case code == 400 && target == "*": // ServeMux's own, for what is no path
+		default:
+			t.Errorf("got code %d", code)
+		}
+		o := strings.ToLower(origin)
+		listed := o == "https://a.example" || o == "http://localhost:3000" || strings.HasPrefix(o, "https://") && strings.HasSuffix(o, ".corp.example")
+		switch got := rec.Header().Get("Access-Control-Allow-Origin"); {
+		case got == "", got == "*" && all && origin != "", got == origin && !all && listed:
+		default:
+			t.Errorf("got Access-Control-Allow-Origin %q for origin %q", got, origin)
+		}
+		if got := rec.Header()["Access-Control-Allow-Credentials"]; got != nil {
+			t.Errorf("got Access-Control-Allow-Credentials %q, want none", got)
+		}
+	})
+}
+
+// browserOrigin is the form in which browsers send an origin, with a wildcard for
+// the first label: host names and IPv6 addresses are told apart by their letters,
+// names and IPv4 addresses by the last label. Groups: scheme, wildcard, host, port.
+var browserOrigin = regexp.MustCompile(`^([a-z][a-z0-9+.-]*)://(\*\.)?((?:[a-z0-9_-]+\.)*[a-z0-9_-]+\.?|\[[0-9a-f:]+\])(?::([1-9][0-9]{0,4}))?$`)
+
+// FuzzOrigins holds the allow list against browserOrigin and against the matching.
+func FuzzOrigins(f *testing.F) {
+	for _, entry := range []string{"*", "https://a.example", "HTTPS://A.example:8443", "https://*.corp.example", "http://[::1]:3000", "http://192.0.2.1",
+		"https://a.example/", "https://a.example:443", "null", "https://*corp.example", "http://127.1", "https://a.example,https://b.example", " https://a.example ,", "https://\u212a.example"} {
+		f.Add(entry)
+	}
+	f.Fuzz(func(t *testing.T, list string) {
+		origins, err := parseOrigins(list)
+		if err != nil {
+			if reason := err.Error(); !strings.Contains(reason, "want ") || strings.ContainsAny(reason, "\r\n") {
+				t.Errorf("%q: got reason %q, want one line that says what would be right", list, reason)
+			}
+			return
+		}
+		if strings.TrimSpace(list) == "*" {
+			return
+		}
+		handler := newHandler(new(atomic.Bool), origins)
+		allows := func(origin string) bool {
+			rec := httptest.NewRecorder()
+			handler.ServeHTTP(rec, &http.Request{Method: "GET", URL: &url.URL{Path: "/health"}, Header: http.Header{"Origin": {origin}}, Body: http.NoBody})
+			return rec.Header().Get("Access-Control-Allow-Origin") == origin
+		}
+		for _, entry := range origins {
+			m := browserOrigin.FindStringSubmatch(strings.ToLower(entry))
+			if m == nil {
+				t.Fatalf("got %q accepted, which no browser sends", entry)
+			}
+			scheme, wildcard, host, port := m[1], m[2], m[3], m[4]
+			labels := strings.Split(strings.TrimSuffix(host, "."), ".")
+			if last := labels[len(labels)-1]; host[0] != '[' && regexp.MustCompile(`^([0-9]+|0x.*)$`).MatchString(last) && (net.ParseIP(host) == nil || wildcard != "") {
+				t.Errorf("got %q accepted, whose host browsers take for an IPv4 address", entry)
+			}
+			if n, _ := strconv.Atoi(port); n > 65535 || scheme == "http" && port == "80" || scheme == "https" && port == "443" {
+				t.Errorf("got %q accepted, whose port browsers do not send", entry)
+			}
+			if port != "" {
+				port = ":" + port
+			}
+			want, not := []string{scheme + "://" + host + port}, []string{scheme + "s://" + host + port, "x" + scheme + "://" + host + port, scheme + "://" + host + port + "0", scheme + "://" + host + port + "/", scheme + "://x" + host + port}
+			if wildcard != "" {
+				want, not = []string{scheme + "://a." + host + port, scheme + "://a.b." + host + port}, append(not, want[0])
+			}
+			if len(origins) > 1 {
+				not = nil // another entry may allow it
+			}
+			for _, origin := range want {
+				if !allows(origin) {
+					t.Errorf("%q: got origin %q blocked, want it allowed", list, origin)
+				}
+			}
+			for _, origin := range not {
+				if allows(origin) {
+					t.Errorf("%q: got origin %q allowed, want it blocked", list, origin)
+				}
+			}
+		}
+	})
 }

@@ -156,9 +156,17 @@ func get(url string) (code int, body string) {
 // instance is one running service.
 type instance struct {
 	*exec.Cmd
-	addr string // 127.0.0.1:port
-	log  *strings.Builder
-	done chan struct{} // closed when the process has ended and log is whole
+	addr string        // 127.0.0.1:port
+	done chan struct{} // closed when the process has ended
+
+	mu  sync.Mutex
+	log strings.Builder
+}
+
+func (in *instance) logged() string {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.log.String()
 }
 
 // start runs binary on a port of loopback, 0 for a free one, until it listens.
@@ -170,7 +178,7 @@ func start(t *testing.T, binary, port string, env ...string) *instance {
 func startCmd(t *testing.T, cmd *exec.Cmd, port string, env ...string) *instance {
 	t.Helper()
 	cmd.Env = append([]string{"HOST=127.0.0.1", "PORT=" + port}, env...)
-	in := &instance{Cmd: cmd, log: new(strings.Builder), done: make(chan struct{})}
+	in := &instance{Cmd: cmd, done: make(chan struct{})}
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -185,7 +193,9 @@ func startCmd(t *testing.T, cmd *exec.Cmd, port string, env ...string) *instance
 	listening := make(chan string, 1)
 	go func() {
 		for lines := bufio.NewScanner(stderr); lines.Scan(); {
-			fmt.Fprintln(in.log, lines.Text())
+			in.mu.Lock()
+			fmt.Fprintln(&in.log, lines.Text())
+			in.mu.Unlock()
 			if m := regexp.MustCompile(`msg=listening addr=(\S+)`).FindStringSubmatch(lines.Text()); m != nil {
 				listening <- m[1]
 			}
@@ -196,7 +206,7 @@ func startCmd(t *testing.T, cmd *exec.Cmd, port string, env ...string) *instance
 	select {
 	case in.addr = <-listening:
 	case <-in.done:
-		t.Fatalf("the service does not start: %s", in.log)
+		t.Fatalf("the service does not start: %s", in.logged())
 	case <-time.After(patience):
 		t.Fatal("the service does not listen")
 	}
@@ -314,7 +324,7 @@ func (p *pair) roll(t *testing.T, rounds int) {
 		for i := range p.in {
 			signalled := time.Now()
 			if code := p.in[i].stop(t, syscall.SIGTERM); code != 0 {
-				t.Errorf("got exit code %d, want 0: %s", code, p.in[i].log)
+				t.Errorf("got exit code %d, want 0: %s", code, p.in[i].logged())
 			}
 			p.mu.Lock()
 			moved = max(moved, p.last[i].Sub(signalled))
