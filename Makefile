@@ -1,4 +1,5 @@
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+BENCHSTAT := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
 BINARY := bin/whatsapp-contact-processor
 
 help: ## list the targets
@@ -10,8 +11,14 @@ run: build ## serve on port 5034 until Ctrl-C
 test: ## run the tests
 	go test -cover ./...
 
-bench: ## time the handler and the server
-	go test -run '^$$' -bench . -benchmem ./...
+bench: ## time the handler, and the program beside a bare net/http server
+	@mkdir -p bin && rm -f bin/bench.txt
+	@for round in 1 2 3 4 5 6; do \
+		echo "round $$round of 6"; \
+		go test -run '^$$' -bench . -benchmem -benchtime 0.5s ./... >>bin/bench.txt || { cat bin/bench.txt; exit 1; }; \
+	done
+	@go run $(BENCHSTAT) -filter .name:Handler bin/bench.txt
+	@go run $(BENCHSTAT) -filter .name:Program -col /impl bin/bench.txt
 
 build: ## make the static binary bin/whatsapp-contact-processor
 	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o $(BINARY) .

@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"strconv"
@@ -515,7 +516,12 @@ func command(t *testing.T, env []string, args ...string) *exec.Cmd {
 // start runs the program on a free loopback port and returns once it listens.
 func start(t *testing.T, env []string, args ...string) *process {
 	t.Helper()
-	p := &process{Cmd: command(t, append([]string{"HOST=127.0.0.1", "PORT=0"}, env...), args...), log: make(chan string, 100)}
+	return startCmd(t, command(t, append([]string{"HOST=127.0.0.1", "PORT=0"}, env...), args...))
+}
+
+func startCmd(t testing.TB, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{Cmd: cmd, log: make(chan string, 100)}
 	stderr, err := p.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -539,7 +545,7 @@ func start(t *testing.T, env []string, args ...string) *process {
 }
 
 // waitFor returns the next line of the log that has text.
-func (p *process) waitFor(t *testing.T, text string) string {
+func (p *process) waitFor(t testing.TB, text string) string {
 	t.Helper()
 	var seen []string
 	for timeout := time.After(patience); ; {
@@ -914,6 +920,123 @@ func BenchmarkHandler(b *testing.B) {
 			}
 		})
 	}
+}
+
+// floorSource is the least that net/http needs to send the same bytes: no mux, no
+// CORS, no timeouts.
+const floorSource = `package main
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+)
+
+func main() {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	fmt.Fprintln(os.Stderr, "msg=listening addr="+ln.Addr().String()+" ")
+	body := []byte("{\"status\":\"healthy\",\"message\":\"WhatsApp Contact Processor API is running\"}\n")
+	panic(http.Serve(ln, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h["Cache-Control"], h["Content-Length"], h["Content-Type"], h["Vary"] = []string{"no-store"}, []string{"75"}, []string{"application/json"}, []string{"Origin"}
+		w.Write(body)
+	})))
+}
+`
+
+// BenchmarkProgram measures the built program beside the floor.
+func BenchmarkProgram(b *testing.B) {
+	dir := b.TempDir()
+	source := filepath.Join(dir, "floor.go")
+	if err := os.WriteFile(source, []byte(floorSource), 0o600); err != nil {
+		b.Fatal(err)
+	}
+	for impl, what := range map[string]string{"floor": source, "service": "."} {
+		build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(dir, impl), what)
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			b.Fatalf("%v: %s", err, out)
+		}
+	}
+	run := func(b *testing.B, impl string) *process {
+		cmd := exec.Command(filepath.Join(dir, impl))
+		cmd.Env = []string{"HOST=127.0.0.1", "PORT=0"}
+		return startCmd(b, cmd)
+	}
+	for _, measure := range []struct {
+		name string
+		of   func(b *testing.B, impl string)
+	}{
+		{"start", func(b *testing.B, impl string) { // from exec to the first answer
+			for b.Loop() {
+				p := run(b, impl)
+				connect(b, p.addr)()
+				b.StopTimer()
+				p.Process.Kill()
+				p.Wait()
+				b.StartTimer()
+			}
+		}},
+		{"request", func(b *testing.B, impl string) { // on a kept connection
+			request := connect(b, run(b, impl).addr)
+			for b.Loop() {
+				request()
+			}
+		}},
+		{"memory", func(b *testing.B, impl string) { // resident, at rest and with 1,000 idle connections
+			p := run(b, impl)
+			connect(b, p.addr)()
+			b.ReportMetric(resident(b, p), "rest-B")
+			for range 1000 {
+				connect(b, p.addr)()
+			}
+			b.ReportMetric(resident(b, p), "idle1000-B")
+			b.ReportMetric(0, "ns/op")
+		}},
+	} {
+		for _, impl := range []string{"floor", "service"} {
+			b.Run(measure.name+"/impl="+impl, func(b *testing.B) { measure.of(b, impl) })
+		}
+	}
+}
+
+// connect opens a connection for the length of the benchmark and returns what sends
+// a request on it and reads the answer, with next to no work of its own.
+func connect(b *testing.B, addr string) (request func()) {
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { conn.Close() })
+	raw := []byte("GET /health HTTP/1.1\r\nHost: a.example\r\n\r\n")
+	answer := make([]byte, 1024)
+	return func() {
+		if _, err := conn.Write(raw); err != nil {
+			b.Fatal(err)
+		}
+		n, err := conn.Read(answer) // one write of net/http, so one read
+		if err != nil || !bytes.HasPrefix(answer, []byte("HTTP/1.1 200 OK\r\n")) || !bytes.HasSuffix(answer[:n], []byte("running\"}\n")) {
+			b.Fatalf("got %q and error %v, want a whole answer", answer[:n], err)
+		}
+	}
+}
+
+// resident returns the bytes of memory that a process really occupies.
+func resident(b *testing.B, p *process) float64 {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+	if err != nil {
+		b.Skip("resident memory is read from Linux's /proc")
+	}
+	_, rest, _ := strings.Cut(string(status), "VmRSS:")
+	kib, err := strconv.Atoi(strings.Fields(rest)[0])
+	if err != nil {
+		b.Fatal(err)
+	}
+	return float64(kib) * 1024
 }
 
 // FuzzHandler sends any request that net/http can hand to the handler.

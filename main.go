@@ -231,7 +231,7 @@ func serve(c config, signals <-chan os.Signal, log *slog.Logger) error {
 	case <-done:
 		log.Info("stopped")
 		return nil
-	case <-time.After(c.drainDelay + c.shutdownTimeout + 3*lastCall):
+	case <-time.After(c.drainDelay + c.shutdownTimeout + 3*lastCall): // idle connections close within two
 		return errors.New("requests still open after -shutdown-timeout (SHUTDOWN_TIMEOUT)")
 	case s := <-signals:
 		return fmt.Errorf("second signal: %v", s)

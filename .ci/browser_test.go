@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -18,7 +19,10 @@ func TestBrowser(t *testing.T) {
 	defer page.Close()
 	list := strings.TrimSpace(block(t, "ini dashboard.env"))
 	allowed := start(t, service, "0", replace(t, list, "https://dashboard.example", page.URL))
+	draining := start(t, service, "0", replace(t, list, "https://dashboard.example", page.URL), "DRAIN_DELAY=1h")
 	other := start(t, service, "0", list)
+	draining.Process.Signal(syscall.SIGTERM)
+	until(t, "draining", func() bool { code, _ := get("http://" + draining.addr + "/health"); return code == 503 })
 	t.Log(output(t, "chromium", "--version"))
 	for _, tt := range []struct {
 		name string
@@ -26,6 +30,7 @@ func TestBrowser(t *testing.T) {
 		want string
 	}{
 		{"on the list", allowed, "<title>200 healthy: WhatsApp Contact Processor API is running</title>"},
+		{"draining", draining, "<title>503 draining: WhatsApp Contact Processor API is shutting down</title>"},
 		{"not on the list", other, "<title>blocked: TypeError: Failed to fetch</title>"},
 	} {
 		script = replace(t, block(t, "js dashboard.js"), "localhost:5034", tt.in.addr)
