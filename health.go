@@ -21,12 +21,10 @@ func newAnswer(code int, status, message string, header http.Header) http.Handle
 	header.Set("Content-Type", "application/json")
 	header.Set("Content-Length", strconv.Itoa(len(body))) // of HEAD too: RFC 9110, section 9.3.2
 	header.Set("Cache-Control", "no-store")               // an old answer is no check
-	return func(w http.ResponseWriter, r *http.Request) {
+	return func(w http.ResponseWriter, _ *http.Request) {
 		maps.Copy(w.Header(), header)
 		w.WriteHeader(code)
-		if r.Method != http.MethodHead {
-			w.Write(body) // an error means that the client has gone
-		}
+		w.Write(body) // net/http keeps it from HEAD; an error means that the client has gone
 	}
 }
 

@@ -295,7 +295,7 @@ func TestBadInput(t *testing.T) {
 		{"shutdown-timeout", []string{"10", "0", "-1ns", "soon"}, "want a duration of 0s or more"},
 		{"allowed-origins", []string{"example.com", "localhost:3000", "null", "https://", "https://:8080", "//a.example", "https://a b.example",
 			"https://a.example,", ",https://a.example", "https://a.example,,https://b.example", " ", "*,https://a.example", "*,*",
-			"wss://a.example", "file:///x", "file://a.example", "https://a.example:x", "https://%41.example", "https://[a.example]"}, "want the scheme://host[:port] of a page"},
+			"ws://a.example", "wss://a.example", "ftp://a.example", "file:///x", "file://a.example", "https://a.example:x", "https://%41.example", "https://[a.example]"}, "want the scheme://host[:port] of a page"},
 		{"allowed-origins", []string{"https://a.example/", "https://a.example/x", "https://a.example?q", "https://a.example?", "https://a.example#f", "https://a.example#",
 			"https://u@a.example", "https://u:p@a.example", "https://a.example:443", "https://a.example:", "https://a.example:0443"}, "want https://a.example, as browsers send it"},
 		{"allowed-origins", []string{"http://a.example:80"}, "want http://a.example, as browsers send it"},
@@ -500,8 +500,8 @@ func TestServe(t *testing.T) {
 // TestMain turns into main.
 type process struct {
 	*exec.Cmd
-	addr string      // it listens on
-	log  chan string // its standard error by lines, closed at the end
+	addr, url string      // as it logs them
+	log       chan string // its standard error by lines, closed at the end
 }
 
 // command returns the program with no environment but env, and what keeps the
@@ -539,8 +539,8 @@ func startCmd(t testing.TB, cmd *exec.Cmd) *process {
 			p.log <- lines.Text()
 		}
 	}()
-	_, rest, _ := strings.Cut(p.waitFor(t, "msg=listening"), "addr=")
-	p.addr, _, _ = strings.Cut(rest, " ")
+	_, rest, _ := strings.Cut(p.waitFor(t, "msg=listening"), " addr=")
+	p.addr, p.url, _ = strings.Cut(rest, " url=")
 	return p
 }
 
@@ -676,14 +676,17 @@ func TestListeningLine(t *testing.T) {
 	for _, host := range []string{"127.0.0.1", "0.0.0.0", "::"} {
 		t.Run(host, func(t *testing.T) {
 			t.Parallel()
-			cmd := start(t, []string{"PORT=1"}, "-host", host, "-port", "0")
-			_, port, err := net.SplitHostPort(cmd.addr)
+			p := start(t, []string{"PORT=1"}, "-host", host, "-port", "0")
+			_, port, err := net.SplitHostPort(p.addr)
 			if err != nil || port == "0" || port == "1" {
-				t.Errorf("got address %q, want the real one", cmd.addr)
+				t.Errorf("got address %q, want the real one", p.addr)
 			}
-			cmd.addr = "127.0.0.1:" + port
-			if resp, _ := cmd.get(t, "/health"); resp.StatusCode != 200 {
-				t.Errorf("got %d from %s, want 200", resp.StatusCode, cmd.addr)
+			if want := "http://127.0.0.1:" + port + "/health"; p.url != want {
+				t.Errorf("got URL %q to try, want %q", p.url, want)
+			}
+			p.addr = "127.0.0.1:" + port
+			if resp, _ := p.get(t, "/health"); resp.StatusCode != 200 {
+				t.Errorf("got %d from %s, want 200", resp.StatusCode, p.addr)
 			}
 		})
 	}
@@ -732,6 +735,24 @@ func TestHalfSentRequestOutlivesListener(t *testing.T) {
 	if resp := rest(); resp.StatusCode != 503 {
 		t.Errorf("got %d, want 503", resp.StatusCode)
 	}
+	if code, log := p.exit(t); code != 0 {
+		t.Errorf("got exit code %d and log %q, want 0", code, log)
+	}
+}
+
+// TestIdleConnectionIsClosed leaves a connection open that would outlive the
+// shutdown timeout.
+func TestIdleConnectionIsClosed(t *testing.T) {
+	t.Parallel()
+	p := start(t, []string{"SHUTDOWN_TIMEOUT=2s"})
+	client := http.Client{Timeout: patience}
+	resp, err := client.Get("http://" + p.addr + "/health")
+	if err != nil {
+		t.Fatal(err)
+	}
+	io.Copy(io.Discard, resp.Body)
+	resp.Body.Close()
+	p.signal(t, syscall.SIGTERM)
 	if code, log := p.exit(t); code != 0 {
 		t.Errorf("got exit code %d and log %q, want 0", code, log)
 	}
@@ -938,7 +959,7 @@ func main() {
 	if err != nil {
 		panic(err)
 	}
-	fmt.Fprintln(os.Stderr, "msg=listening addr="+ln.Addr().String()+" ")
+	fmt.Fprintln(os.Stderr, "msg=listening addr="+ln.Addr().String())
 	body := []byte("{\"status\":\"healthy\",\"message\":\"WhatsApp Contact Processor API is running\"}\n")
 	panic(http.Serve(ln, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()

@@ -208,7 +208,7 @@ func TestTooManyConnections(t *testing.T) {
 		}
 		conns = append(conns, conn)
 	}
-	until(t, "the log to tell", func() bool { return strings.Contains(in.logged(), "too many open files") })
+	until(t, "the log to tell", func() bool { return strings.Contains(in.logged(), "level=WARN msg=\"http: Accept error: ") })
 	for _, conn := range conns {
 		conn.Close()
 	}
