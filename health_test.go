@@ -944,7 +944,7 @@ func BenchmarkHandler(b *testing.B) {
 }
 
 // floorSource is the least that net/http needs to send the same bytes: no mux, no
-// CORS, no timeouts.
+// CORS, no timeouts. With LIMITS set it has the service's timeouts.
 const floorSource = `package main
 
 import (
@@ -961,11 +961,15 @@ func main() {
 	}
 	fmt.Fprintln(os.Stderr, "msg=listening addr="+ln.Addr().String())
 	body := []byte("{\"status\":\"healthy\",\"message\":\"WhatsApp Contact Processor API is running\"}\n")
-	panic(http.Serve(ln, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h["Cache-Control"], h["Content-Length"], h["Content-Type"], h["Vary"] = []string{"no-store"}, []string{"75"}, []string{"application/json"}, []string{"Origin"}
 		w.Write(body)
-	})))
+	})}
+	if os.Getenv("LIMITS") != "" {
+		server.ReadHeaderTimeout, server.ReadTimeout, server.WriteTimeout, server.IdleTimeout = 5e9, 10e9, 10e9, 120e9
+	}
+	panic(server.Serve(ln))
 }
 `
 
@@ -986,6 +990,9 @@ func BenchmarkProgram(b *testing.B) {
 	run := func(b *testing.B, impl string) *process {
 		cmd := exec.Command(filepath.Join(dir, impl))
 		cmd.Env = []string{"HOST=127.0.0.1", "PORT=0"}
+		if impl == "limits" {
+			cmd.Path, cmd.Env = filepath.Join(dir, "floor"), []string{"LIMITS=1"}
+		}
 		return startCmd(b, cmd)
 	}
 	for _, measure := range []struct {
@@ -995,55 +1002,59 @@ func BenchmarkProgram(b *testing.B) {
 		{"start", func(b *testing.B, impl string) { // from exec to the first answer
 			for b.Loop() {
 				p := run(b, impl)
-				connect(b, p.addr)()
+				connect(b, p.addr)
 				b.StopTimer()
 				p.Process.Kill()
 				p.Wait()
 				b.StartTimer()
 			}
 		}},
-		{"request", func(b *testing.B, impl string) { // on a kept connection
-			request := connect(b, run(b, impl).addr)
-			for b.Loop() {
-				request()
-			}
+		{"request", func(b *testing.B, impl string) { // on 16 kept connections for each core
+			p := run(b, impl)
+			b.SetParallelism(16)
+			b.RunParallel(func(pb *testing.PB) {
+				for request := connect(b, p.addr); pb.Next(); {
+					request()
+				}
+			})
 		}},
 		{"memory", func(b *testing.B, impl string) { // resident, at rest and with 1,000 idle connections
 			p := run(b, impl)
-			connect(b, p.addr)()
+			connect(b, p.addr)
 			b.ReportMetric(resident(b, p), "rest-B")
 			for range 1000 {
-				connect(b, p.addr)()
+				connect(b, p.addr)
 			}
 			b.ReportMetric(resident(b, p), "idle1000-B")
 			b.ReportMetric(0, "ns/op")
 		}},
 	} {
-		for _, impl := range []string{"floor", "service"} {
+		for _, impl := range []string{"floor", "limits", "service"} {
 			b.Run(measure.name+"/impl="+impl, func(b *testing.B) { measure.of(b, impl) })
 		}
 	}
 }
 
-// connect opens a connection for the length of the benchmark and returns what sends
-// a request on it and reads the answer, with next to no work of its own.
+// connect opens a connection for the length of the benchmark, sends a first request
+// on it and returns what sends the next, with next to no work of its own.
 func connect(b *testing.B, addr string) (request func()) {
 	conn, err := net.Dial("tcp", addr)
 	if err != nil {
-		b.Fatal(err)
+		b.Error(err)
+		return func() {}
 	}
 	b.Cleanup(func() { conn.Close() })
 	raw := []byte("GET /health HTTP/1.1\r\nHost: a.example\r\n\r\n")
 	answer := make([]byte, 1024)
-	return func() {
-		if _, err := conn.Write(raw); err != nil {
-			b.Fatal(err)
-		}
+	request = func() {
+		conn.Write(raw)
 		n, err := conn.Read(answer) // one write of net/http, so one read
-		if err != nil || !bytes.HasPrefix(answer, []byte("HTTP/1.1 200 OK\r\n")) || !bytes.HasSuffix(answer[:n], []byte("running\"}\n")) {
-			b.Fatalf("got %q and error %v, want a whole answer", answer[:n], err)
+		if err != nil || !bytes.HasPrefix(answer[:n], []byte("HTTP/1.1 200 OK\r\n")) || !bytes.HasSuffix(answer[:n], []byte("running\"}\n")) {
+			b.Errorf("got %q and error %v, want a whole answer", answer[:n], err)
 		}
 	}
+	request()
+	return request
 }
 
 // resident returns the bytes of memory that a process really occupies.
