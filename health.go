@@ -50,7 +50,7 @@ func newHandler(draining *atomic.Bool, origins []string) http.Handler {
 		MaxAge:         600, // seconds: spares a polling page its preflights, yet a new allow list is seen soon
 	}).Handler(mux)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.ContentLength != 0 { // not waited for; and a chunked one may smuggle: RFC 9112, section 6.3
+		if r.ContentLength != 0 { // never waited for; chunked with a length must close: RFC 9112, section 6.1
 			w.Header().Set("Connection", "close")
 		}
 		handler.ServeHTTP(w, r)

@@ -89,9 +89,9 @@ func parse(args []string, getenv func(string) string) (c config, help string, er
 	define("port", "5034", "TCP `port`, 0 to 65535; 0 picks a free one", func(s string) error { c.port = s; return checkPort(s) })
 	define("allowed-origins", "*", "comma-separated `origins` whose pages may read the answers, as scheme://host[:port];\n* alone for all, https://*.corp.example for every name under one",
 		func(s string) (err error) { c.origins, err = parseOrigins(s); return err })
-	define("drain-delay", "0s", "how `long` /health answers 503 after SIGTERM or SIGINT before the listener closes",
+	define("drain-delay", "0s", "`duration` of 503 on /health after SIGTERM or SIGINT, before the listener closes",
 		func(s string) (err error) { c.drainDelay, err = parseDuration(s); return err })
-	define("shutdown-timeout", "10s", "how `long` to wait for open requests once the listener has closed",
+	define("shutdown-timeout", "10s", "longest `duration` of the wait for open requests once the listener has closed",
 		func(s string) (err error) { c.shutdownTimeout, err = parseDuration(s); return err })
 	flags.BoolVar(&c.probe, "probe", false, "ask the service at this host and port, say what it answered, exit 0 or 1")
 	if err = flags.Parse(args); err == nil && flags.NArg() > 0 {

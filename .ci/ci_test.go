@@ -235,7 +235,7 @@ type pair struct {
 
 	mu         sync.Mutex
 	sent, lost map[string]int // by path
-	problems   []string       // the first few of lost
+	problems   []string       // of the first ordinary requests lost
 	last       [2]time.Time   // when the last answered ordinary request to each was sent
 }
 
@@ -271,7 +271,7 @@ func (p *pair) load(ctx context.Context, path string, want int) {
 			_, err := io.Copy(io.Discard, resp.Body)
 			resp.Body.Close()
 			if resp.StatusCode != want || err != nil {
-				problem = fmt.Sprint(resp.Status, " ", err)
+				problem = fmt.Sprint(resp.Status, ", error ", err)
 			}
 			if resp.Header.Get("Access-Control-Allow-Origin") != "" {
 				who = 0
@@ -281,8 +281,8 @@ func (p *pair) load(ctx context.Context, path string, want int) {
 		p.sent[path]++
 		if problem != "" {
 			p.lost[path]++
-			if len(p.problems) < 5 {
-				p.problems = append(p.problems, began.Format("05.000 ")+path+" "+problem)
+			if path != "/health" && len(p.problems) < 5 {
+				p.problems = append(p.problems, problem)
 			}
 		} else if path != "/health" {
 			p.last[who] = began
