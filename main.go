@@ -30,7 +30,7 @@ const (
 	idleTimeout       = 120 * time.Second     // over the 60 s of load balancers, so that they close first
 	maxHeaderBytes    = 16 << 10              // room for tokens and cookies; net/http adds 4 KiB
 	probeTimeout      = 2 * time.Second       // under the 3 s of the image's HEALTHCHECK
-	lastCall          = 50 * time.Millisecond // for requests on their way when the listener closes
+	lastCall          = 50 * time.Millisecond // for requests on their way when the listener or an idle connection closes
 )
 
 func main() {
@@ -220,7 +220,7 @@ func serve(c config, signals <-chan os.Signal, log *slog.Logger) error {
 	// Server.Shutdown would drop each request whose headers it has not read yet.
 	done := make(chan bool)
 	go func() {
-		time.Sleep(c.drainDelay)
+		time.Sleep(max(c.drainDelay, lastCall))
 		ln.Close()
 		for <-served; open.Load() > 0; srv.SetKeepAlivesEnabled(false) { // closes idle connections
 			time.Sleep(lastCall)
@@ -231,7 +231,7 @@ func serve(c config, signals <-chan os.Signal, log *slog.Logger) error {
 	case <-done:
 		log.Info("stopped")
 		return nil
-	case <-time.After(c.drainDelay + c.shutdownTimeout + 3*lastCall): // idle connections close within two
+	case <-time.After(c.drainDelay + c.shutdownTimeout + 4*lastCall): // idle connections close within three
 		return errors.New("requests still open after -shutdown-timeout (SHUTDOWN_TIMEOUT)")
 	case s := <-signals:
 		return fmt.Errorf("second signal: %v", s)

@@ -6,6 +6,7 @@ import (
 )
 
 func TestNginx(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name, next string
 		rounds     int
