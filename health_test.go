@@ -673,8 +673,8 @@ func TestSignalEndsProcess(t *testing.T) {
 
 func TestListeningLine(t *testing.T) {
 	t.Parallel()
-	for _, host := range []string{"127.0.0.1", "0.0.0.0", "::"} {
-		t.Run(host, func(t *testing.T) {
+	for _, host := range []string{"127.0.0.1", "", "0.0.0.0", "::"} {
+		t.Run("host "+host, func(t *testing.T) {
 			t.Parallel()
 			p := start(t, []string{"PORT=1"}, "-host", host, "-port", "0")
 			_, port, err := net.SplitHostPort(p.addr)
@@ -684,9 +684,15 @@ func TestListeningLine(t *testing.T) {
 			if want := "http://127.0.0.1:" + port + "/health"; p.url != want {
 				t.Errorf("got URL %q to try, want %q", p.url, want)
 			}
-			p.addr = "127.0.0.1:" + port
-			if resp, _ := p.get(t, "/health"); resp.StatusCode != 200 {
-				t.Errorf("got %d from %s, want 200", resp.StatusCode, p.addr)
+			addrs := []string{"127.0.0.1:" + port}
+			if ln, err := net.Listen("tcp", "[::1]:0"); err == nil && host == "" { // the machine has IPv6
+				ln.Close()
+				addrs = append(addrs, "[::1]:"+port)
+			}
+			for _, p.addr = range addrs {
+				if resp, _ := p.get(t, "/health"); resp.StatusCode != 200 {
+					t.Errorf("got %d from %s, want 200", resp.StatusCode, p.addr)
+				}
 			}
 		})
 	}

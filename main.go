@@ -196,7 +196,7 @@ func serve(c config, signals <-chan os.Signal, log *slog.Logger) error {
 	}
 	var draining atomic.Bool
 	var open atomic.Int64 // connections
-	opens := map[http.ConnState]int64{http.StateNew: 1, http.StateClosed: -1}
+	change := map[http.ConnState]int64{http.StateNew: 1, http.StateClosed: -1}
 	srv := &http.Server{
 		Handler:           newHandler(&draining, c.origins),
 		ReadHeaderTimeout: readHeaderTimeout,
@@ -205,7 +205,7 @@ func serve(c config, signals <-chan os.Signal, log *slog.Logger) error {
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		ConnState:         func(_ net.Conn, s http.ConnState) { open.Add(opens[s]) },
+		ConnState:         func(_ net.Conn, s http.ConnState) { open.Add(change[s]) },
 	}
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(ln) }()
@@ -231,7 +231,7 @@ func serve(c config, signals <-chan os.Signal, log *slog.Logger) error {
 	case <-done:
 		log.Info("stopped")
 		return nil
-	case <-time.After(c.drainDelay + c.shutdownTimeout + 4*lastCall): // idle connections close within three
+	case <-time.After(c.drainDelay + c.shutdownTimeout + 4*lastCall): // idle connections take up to three
 		return errors.New("requests still open after -shutdown-timeout (SHUTDOWN_TIMEOUT)")
 	case s := <-signals:
 		return fmt.Errorf("second signal: %v", s)
