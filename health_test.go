@@ -260,7 +260,7 @@ func TestConfig(t *testing.T) {
 			map[string]string{"HOST": "", "PORT": "", "ALLOWED_ORIGINS": "", "DRAIN_DELAY": "", "SHUTDOWN_TIMEOUT": ""},
 			config{port: "5034", origins: []string{"*"}, shutdownTimeout: 10 * time.Second}},
 		{"variables", nil,
-			map[string]string{"HOST": "::1", "PORT": "0", "ALLOWED_ORIGINS": " https://a.example , https://b.example ", "DRAIN_DELAY": "15s", "SHUTDOWN_TIMEOUT": "1m30s", "PROBE": "true"},
+			map[string]string{"HOST": "[::1]", "PORT": "0", "ALLOWED_ORIGINS": " https://a.example , https://b.example ", "DRAIN_DELAY": "15s", "SHUTDOWN_TIMEOUT": "1m30s", "PROBE": "true"},
 			config{host: "::1", port: "0", origins: []string{"https://a.example", "https://b.example"}, drainDelay: 15 * time.Second, shutdownTimeout: 90 * time.Second}},
 		{"flags beat variables, wrong ones too",
 			[]string{"-host", "", "-port=65535", "-allowed-origins", "*", "--drain-delay", "0s", "-shutdown-timeout", "500ms", "-probe"},
@@ -320,6 +320,7 @@ func TestBadInput(t *testing.T) {
 		want []string
 	}{
 		{"unknown flag", []string{"-prot", "80"}, []string{"-prot", "-h lists the flags"}},
+		{"unknown flag of two lines", []string{"-pr\not"}, []string{"-pr ot", "-h lists the flags"}},
 		{"no value", []string{"-port"}, []string{"-port", "-h lists the flags"}},
 		{"empty list", []string{"-allowed-origins", ""}, []string{"flag -allowed-origins", `""`, "want"}},
 		{"bad probe", []string{"-probe=maybe"}, []string{"-probe", `"maybe"`, "-h lists the flags"}},
@@ -467,7 +468,7 @@ func TestProbeUsesNoProxy(t *testing.T) {
 	}
 }
 
-// TestServe runs the life of the process inside the test, for the coverage.
+// TestServe runs the life of the process inside the test, where coverage sees it.
 func TestServe(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {

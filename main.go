@@ -56,7 +56,7 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer) in
 		err = serve(c, signals, slog.New(slog.NewTextHandler(stderr, nil)))
 	}
 	if err != nil {
-		fmt.Fprintf(stderr, "whatsapp-contact-processor: %v\n", err)
+		fmt.Fprintf(stderr, "whatsapp-contact-processor: %s\n", strings.ReplaceAll(err.Error(), "\n", " "))
 		return code
 	}
 	return 0
@@ -85,7 +85,7 @@ func parse(args []string, getenv func(string) string) (c config, help string, er
 			wrong[name] = fmt.Errorf("invalid value %q for variable %s: %w", value, variable, err)
 		}
 	}
-	define("host", "", "`address` to listen on; empty for all interfaces, IPv4 and IPv6", func(s string) error { c.host = s; return nil })
+	define("host", "", "`address` to listen on; empty for all interfaces, IPv4 and IPv6", func(s string) error { c.host = strings.Trim(s, "[]"); return nil })
 	define("port", "5034", "TCP `port`, 0 to 65535; 0 picks a free one", func(s string) error { c.port = s; return checkPort(s) })
 	define("allowed-origins", "*", "comma-separated `origins` whose pages may read the answers, as scheme://host[:port];\n* alone for all, https://*.corp.example for every name under one",
 		func(s string) (err error) { c.origins, err = parseOrigins(s); return err })
