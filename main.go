@@ -3,6 +3,7 @@ package main
 
 import (
 	"cmp"
+	"container/list"
 	"errors"
 	"flag"
 	"fmt"
@@ -10,13 +11,12 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"os"
 	"os/signal"
-	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -24,32 +24,30 @@ import (
 
 // A probe takes milliseconds; a client that needs more is broken or hostile.
 const (
-	readHeaderTimeout = 5 * time.Second       // for a client that drips its headers
-	readTimeout       = 10 * time.Second      // for a body that never comes
-	writeTimeout      = 10 * time.Second      // for a client that does not read
-	idleTimeout       = 120 * time.Second     // over the 60 s of load balancers, so that they close first
-	maxHeaderBytes    = 16 << 10              // room for tokens and cookies; net/http adds 4 KiB
-	probeTimeout      = 2 * time.Second       // under the 3 s of the image's HEALTHCHECK
-	lastCall          = 50 * time.Millisecond // for requests on their way when the listener or an idle connection closes
+	readTimeout    = 5 * time.Second        // for a client that drips its headers
+	writeTimeout   = 10 * time.Second       // for a client that does not read
+	idleTimeout    = 120 * time.Second      // over the 60 s of load balancers, so that they close first
+	maxHeaderBytes = 16 << 10               // room for tokens and cookies; net/http adds 4 KiB
+	probeTimeout   = 2 * time.Second        // under the 3 s of the image's HEALTHCHECK
+	bodyTimeout    = 500 * time.Millisecond // for a body once the answer is out: nobody reads it, and it holds a place
+	lastCall       = 50 * time.Millisecond  // for what is on its way when the listener or an idle connection closes
 )
 
-func main() {
-	os.Exit(run(os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
-}
+func main() { os.Exit(run(os.Args[1:], os.Getenv, os.Stdout, os.Stderr)) }
 
 // run returns the exit code: 1 for what went wrong at run time, 2 for wrong usage.
 func run(args []string, getenv func(string) string, stdout, stderr io.Writer) int {
-	c, help, err := parse(args, getenv)
 	code := 1
+	c, err := parse(args, getenv, stdout)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(stdout, help)
 		return 0
 	case err != nil:
 		code, err = 2, fmt.Errorf("%w; -h lists the flags", err)
 	case c.probe:
 		err = probe(healthURL(net.JoinHostPort(c.host, c.port)), stdout)
 	default:
+		signal.Ignore(syscall.SIGPIPE)     // or a log whose reader has gone would end the process
 		signals := make(chan os.Signal, 2) // room for the second, so that it is not lost
 		signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 		defer signal.Stop(signals)
@@ -64,29 +62,28 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer) in
 
 type config struct {
 	host, port                  string
+	maxConnections              int
 	origins                     []string
 	drainDelay, shutdownTimeout time.Duration
 	probe                       bool
 }
 
-// parse sets each value from its flag, else from its variable if that is not empty,
-// else to its default. Errors name flag or variable; help comes with flag.ErrHelp.
-func parse(args []string, getenv func(string) string) (c config, help string, err error) {
-	var out strings.Builder // flag writes the help here
+// parse takes each value from its flag, else from its variable if that is not empty,
+// else its default. Errors name the flag or the variable; help goes to stdout.
+func parse(args []string, getenv func(string) string, stdout io.Writer) (c config, err error) {
 	flags := flag.NewFlagSet("whatsapp-contact-processor", flag.ContinueOnError)
-	flags.SetOutput(&out)
-	wrong := map[string]error{} // by flag, what its variable has wrong
+	flags.SetOutput(io.Discard) // an error is one line, without the help
+	variable := func(name string) string { return strings.ToUpper(strings.ReplaceAll(name, "-", "_")) }
 	define := func(name, value, usage string, set func(string) error) {
-		variable := strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
-		flags.Func(name, usage+" ["+variable+"]", set)
+		flags.Func(name, usage+" ["+variable(name)+"]", set)
 		flags.Lookup(name).DefValue = value
-		value = cmp.Or(getenv(variable), value)
-		if err := set(value); err != nil {
-			wrong[name] = fmt.Errorf("invalid value %q for variable %s: %w", value, variable, err)
-		}
 	}
-	define("host", "", "`address` to listen on; empty for all interfaces, IPv4 and IPv6", func(s string) error { c.host = strings.Trim(s, "[]"); return nil })
-	define("port", "5034", "TCP `port`, 0 to 65535; 0 picks a free one", func(s string) error { c.port = s; return checkPort(s) })
+	define("host", "", "`address` to listen on; empty for all interfaces, IPv4 and IPv6",
+		func(s string) error { c.host = strings.Trim(s, "[]"); return nil }) // as [::1] stands in a URL
+	define("port", "5034", "TCP `port`, 0 to 65535; 0 picks a free one",
+		func(s string) error { c.port = s; return checkPort(s) })
+	define("max-connections", "1000", "most `connections` at once, 1 or more; for a new one the longest waiting gives way",
+		func(s string) (err error) { c.maxConnections, err = parseCount(s); return err })
 	define("allowed-origins", "*", "comma-separated `origins` whose pages may read the answers, as scheme://host[:port];\n* alone for all, https://*.corp.example for every name under one",
 		func(s string) (err error) { c.origins, err = parseOrigins(s); return err })
 	define("drain-delay", "0s", "`duration` of 503 on /health after SIGTERM or SIGINT, before the listener closes",
@@ -94,12 +91,25 @@ func parse(args []string, getenv func(string) string) (c config, help string, er
 	define("shutdown-timeout", "10s", "longest `duration` of the wait for open requests once the listener has closed",
 		func(s string) (err error) { c.shutdownTimeout, err = parseDuration(s); return err })
 	flags.BoolVar(&c.probe, "probe", false, "ask the service at this host and port, say what it answered, exit 0 or 1")
-	if err = flags.Parse(args); err == nil && flags.NArg() > 0 {
+	if err = flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		flags.SetOutput(stdout)
+		flags.Usage()
+	}
+	if err == nil && flags.NArg() > 0 {
 		err = fmt.Errorf("unexpected argument %q, want only flags", flags.Arg(0))
 	}
-	flags.Visit(func(f *flag.Flag) { delete(wrong, f.Name) })
-	flags.VisitAll(func(f *flag.Flag) { err = cmp.Or(err, wrong[f.Name]) })
-	return c, out.String(), err
+	given := map[string]bool{"probe": true} // it has no variable
+	flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	flags.VisitAll(func(f *flag.Flag) {
+		if err != nil || given[f.Name] {
+			return
+		}
+		value := cmp.Or(getenv(variable(f.Name)), f.DefValue)
+		if err = f.Value.Set(value); err != nil {
+			err = fmt.Errorf("invalid value %q for variable %s: %w", value, variable(f.Name), err)
+		}
+	})
+	return c, err
 }
 
 func checkPort(s string) error {
@@ -109,59 +119,26 @@ func checkPort(s string) error {
 	return nil
 }
 
-// parseDuration also refuses what time.ParseDuration takes: a bare 0 and less.
+func parseCount(s string) (int, error) {
+	n, err := strconv.Atoi(s)
+	if err != nil || n < 1 {
+		return 0, errors.New("want an integer of 1 or more")
+	}
+	return n, nil
+}
+
 func parseDuration(s string) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
-	if err != nil || d < 0 || strings.Trim(s, "+-0") == "" {
+	if err != nil || d < 0 || strings.HasSuffix(s, "0") { // it takes a 0 without its unit
 		return 0, errors.New("want a duration of 0s or more with its unit, as 500ms or 1m30s")
 	}
 	return d, nil
 }
 
-func parseOrigins(s string) ([]string, error) {
-	origins := strings.Split(s, ",")
-	for i, o := range origins {
-		origins[i] = strings.TrimSpace(o)
-		if err := checkOrigin(origins[i]); err != nil && strings.TrimSpace(s) != "*" {
-			return nil, fmt.Errorf("origin %q: %w", origins[i], err)
-		}
-	}
-	return origins, nil
-}
-
-// checkOrigin refuses what no browser sends as an Origin (RFC 6454, with hosts and
-// ports as the WHATWG URL Standard writes them) and what would match too much.
-func checkOrigin(o string) error {
-	u, err := url.Parse(strings.ToLower(o)) // as the matching does
-	if err != nil || u.Hostname() == "" || slices.Contains([]string{"", "file", "ftp", "ws", "wss"}, u.Scheme) {
-		return errors.New("want the scheme://host[:port] of a page, or * alone for all")
-	}
-	host, port := u.Hostname(), strings.TrimLeft(u.Port(), "0")
-	if ip, err := netip.ParseAddr(host); err == nil && ip.Zone() == "" && !ip.Is4In6() {
-		host = ip.String()
-	} else if !isDomain(strings.TrimPrefix(host, "*.")) {
-		return errors.New("want a host of ASCII letters, digits, - and _ (others as punycode, xn--...) or a plain IP address, and * only as the whole first label")
-	}
-	sent := u.Scheme + "://" + strings.TrimSuffix(net.JoinHostPort(host, port), ":")
-	sent = strings.TrimSuffix(sent, map[string]string{"http": ":80", "https": ":443"}[u.Scheme])
-	if sent != strings.ToLower(o) {
-		return fmt.Errorf("want %s, as browsers send it", sent)
-	}
-	return checkPort("0" + port)
-}
-
-// isDomain reports whether browsers keep s as it is: they turn other letters into
-// punycode, and a name whose last label is a number into an IPv4 address.
-func isDomain(s string) bool {
-	last := s[strings.LastIndexByte(strings.TrimSuffix(s, "."), '.')+1:]
-	return strings.Trim(s, "-.0123456789_abcdefghijklmnopqrstuvwxyz") == "" && !strings.Contains("."+s, "..") &&
-		strings.Trim(last, ".0123456789") != "" && !strings.HasPrefix(last, "0x")
-}
-
 // healthURL returns where a client on this machine finds a service listening on addr.
 func healthURL(addr string) string {
 	host, port, _ := net.SplitHostPort(addr)
-	if ip, _ := netip.ParseAddr(host); host == "" || ip.IsUnspecified() {
+	if host == "" || net.ParseIP(host).IsUnspecified() {
 		host = "127.0.0.1"
 	}
 	return (&url.URL{Scheme: "http", Host: net.JoinHostPort(host, port), Path: "/health"}).String()
@@ -186,54 +163,120 @@ func probe(url string, stdout io.Writer) error {
 	return nil
 }
 
-// serve answers until the first signal, then drains: /health fails at once, so
-// that balancers send their traffic elsewhere while the listener stays open for
-// the drain delay; then open requests have the shutdown timeout to finish.
+// service is the process from listen to exit, and all that it knows of its connections.
+type service struct {
+	config
+	log      *slog.Logger
+	draining atomic.Bool
+
+	mu      sync.Mutex
+	changed sync.Cond                  // tells of each change to what follows
+	open    int                        // connections, the one that waits to get in among them
+	waiting list.List                  // for the first or next request: of net.Conn, the longest waiting first
+	places  map[net.Conn]*list.Element // in waiting
+	idle    map[net.Conn]bool          // between two requests
+	quiet   time.Time                  // until when the log is told no more of the limit
+}
+
+// serve answers until the first signal, then drains; a second signal ends that.
 func serve(c config, signals <-chan os.Signal, log *slog.Logger) error {
 	ln, err := net.Listen("tcp", net.JoinHostPort(c.host, c.port))
 	if err != nil {
 		return fmt.Errorf("%w; want another -port (PORT) or -host (HOST)", err)
 	}
-	var draining atomic.Bool
-	var open atomic.Int64 // connections
-	change := map[http.ConnState]int64{http.StateNew: 1, http.StateClosed: -1}
+	s := &service{config: c, log: log, places: map[net.Conn]*list.Element{}, idle: map[net.Conn]bool{}}
+	s.changed.L = &s.mu
 	srv := &http.Server{
-		Handler:           newHandler(&draining, c.origins),
-		ReadHeaderTimeout: readHeaderTimeout,
-		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeaderBytes,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		ConnState:         func(_ net.Conn, s http.ConnState) { open.Add(change[s]) },
+		Handler:                      newHandler(&s.draining, c.origins),
+		ReadTimeout:                  readTimeout,
+		WriteTimeout:                 writeTimeout,
+		IdleTimeout:                  idleTimeout,
+		MaxHeaderBytes:               maxHeaderBytes,
+		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ConnState:                    s.track,
+		DisableGeneralOptionsHandler: true, // it says 200 to OPTIONS *, draining or not
 	}
-	served := make(chan error, 1)
+	served, drained := make(chan error, 1), make(chan error, 2)
 	go func() { served <- srv.Serve(ln) }()
 	log.Info("listening", "addr", ln.Addr(), "url", healthURL(ln.Addr().String()))
 	select {
 	case err := <-served:
 		return err
-	case s := <-signals:
-		draining.Store(true)
-		log.Info("draining", "signal", s, "delay", c.drainDelay)
+	case sig := <-signals:
+		go s.drain(sig, ln, served, drained)
 	}
-	// Server.Shutdown would drop each request whose headers it has not read yet.
-	done := make(chan bool)
-	go func() {
-		time.Sleep(max(c.drainDelay, lastCall))
-		ln.Close()
-		for <-served; open.Load() > 0; srv.SetKeepAlivesEnabled(false) { // closes idle connections
-			time.Sleep(lastCall)
-		}
-		close(done)
-	}()
 	select {
-	case <-done:
-		log.Info("stopped")
-		return nil
-	case <-time.After(c.drainDelay + c.shutdownTimeout + 4*lastCall): // idle connections take up to three
-		return errors.New("requests still open after -shutdown-timeout (SHUTDOWN_TIMEOUT)")
-	case s := <-signals:
-		return fmt.Errorf("second signal: %v", s)
+	case err := <-drained:
+		return err
+	case sig := <-signals:
+		return fmt.Errorf("second signal: %v", sig)
+	}
+}
+
+// drain lets every client leave with its answer. Server.Shutdown is no help: it drops each
+// request whose headers it has not read yet.
+func (s *service) drain(sig os.Signal, ln net.Listener, served <-chan error, drained chan<- error) {
+	s.draining.Store(true) // balancers see /health fail and look elsewhere; each answer ends its connection
+	s.log.Info("draining", "signal", sig, "delay", s.drainDelay)
+	time.Sleep(max(s.drainDelay, lastCall))
+	ln.Close()
+	time.Sleep(lastCall)
+	time.AfterFunc(max(s.shutdownTimeout, lastCall), func() { drained <- errors.New("requests still open after -shutdown-timeout (SHUTDOWN_TIMEOUT)") })
+	<-served // the last connection has got in
+	s.closeIdle()
+	s.log.Info("stopped")
+	drained <- nil
+}
+
+// track is told by net/http of each state that a connection enters.
+func (s *service) track(c net.Conn, state http.ConnState) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if place := s.places[c]; place != nil {
+		s.waiting.Remove(place)
+		delete(s.places, c)
+	}
+	delete(s.idle, c)
+	switch state {
+	case http.StateNew: // Serve accepts nothing until this returns
+		s.open++
+		s.makeRoom()
+		s.places[c] = s.waiting.PushBack(c)
+	case http.StateIdle:
+		s.places[c] = s.waiting.PushBack(c)
+		s.idle[c] = true
+	case http.StateClosed:
+		s.open--
+	}
+	s.changed.Broadcast()
+}
+
+// makeRoom lets the longest waiting connection give way to a new one, or waits while all
+// are being answered. It returns when one has closed: not even a crowd exceeds the limit.
+func (s *service) makeRoom() {
+	if now := time.Now(); s.open > s.maxConnections && now.After(s.quiet) {
+		s.quiet = now.Add(time.Minute) // a crowd must not fill the log
+		s.log.Warn("connection limit reached, the longest waiting give way", "max-connections", s.maxConnections)
+	}
+	gaveWay := false
+	for s.open > s.maxConnections {
+		if longest := s.waiting.Front(); longest != nil && !gaveWay {
+			s.waiting.Remove(longest).(net.Conn).Close()
+			gaveWay = true
+		}
+		s.changed.Wait()
+	}
+}
+
+// closeIdle closes each connection that is or comes between two requests, until none is left.
+func (s *service) closeIdle() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.open > 0 {
+		for c := range s.idle {
+			c.Close()
+			delete(s.idle, c)
+		}
+		s.changed.Wait()
 	}
 }
