@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -22,6 +23,8 @@ const request = "GET /health HTTP/1.1\r\nHost: a.example\r\n"
 // kept connections, ask as fast as they can. Like a balancer, a client leaves with
 // its first 503.
 func TestSignalUnderLoad(t *testing.T) {
+	serviceRace := filepath.Join(t.TempDir(), "service-race")
+	build(t, serviceRace, "..", "-race")
 	for _, tt := range []struct{ name, binary, delay string }{
 		{"no drain delay", service, "0s"},
 		{"drain delay", service, "100ms"},

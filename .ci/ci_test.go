@@ -23,8 +23,8 @@ import (
 // patience bounds every wait for something that should happen within seconds.
 const patience = 30 * time.Second
 
-// service is the program, built by TestMain; serviceRace has the race detector.
-var service, serviceRace string
+// service is the program as it is released, built by TestMain.
+var service string
 
 func TestMain(m *testing.M) {
 	os.Exit(func() int {
@@ -33,16 +33,19 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 		defer os.RemoveAll(dir)
-		service, serviceRace = filepath.Join(dir, "service"), filepath.Join(dir, "service-race")
-		for _, args := range [][]string{{"build", "-o", service, "."}, {"build", "-race", "-o", serviceRace, "."}} {
-			cmd := exec.Command("go", args...)
-			cmd.Dir = ".."
-			if out, err := cmd.CombinedOutput(); err != nil {
-				panic(fmt.Sprintf("%v: %s", err, out))
-			}
+		service = filepath.Join(dir, "whatsapp-contact-processor")
+		cmd := exec.Command("make", "-C", "..", "build", "BINARY="+service)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			panic(fmt.Sprintf("%v: %s", err, out))
 		}
 		return m.Run()
 	}())
+}
+
+// build builds the package in dir.
+func build(t testing.TB, binary, dir string, flags ...string) {
+	t.Helper()
+	output(t, "go", append(append([]string{"build", "-C", dir, "-o", binary, "-trimpath", "-ldflags=-s -w"}, flags...), ".")...)
 }
 
 // block returns the README's block with this language and name on its fence.
@@ -81,7 +84,7 @@ func write(t *testing.T, name, text string) (path string) {
 }
 
 // output runs a command to its end and fails the test if that is not good.
-func output(t *testing.T, name string, args ...string) string {
+func output(t testing.TB, name string, args ...string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
@@ -170,12 +173,12 @@ func (in *instance) logged() string {
 }
 
 // start runs binary on a port of loopback, 0 for a free one, until it listens.
-func start(t *testing.T, binary, port string, env ...string) *instance {
+func start(t testing.TB, binary, port string, env ...string) *instance {
 	t.Helper()
 	return startCmd(t, exec.Command(binary), port, env...)
 }
 
-func startCmd(t *testing.T, cmd *exec.Cmd, port string, env ...string) *instance {
+func startCmd(t testing.TB, cmd *exec.Cmd, port string, env ...string) *instance {
 	t.Helper()
 	cmd.Env = append([]string{"HOST=127.0.0.1", "PORT=" + port}, env...)
 	in := &instance{Cmd: cmd, done: make(chan struct{})}
