@@ -1,6 +1,7 @@
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCHSTAT := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
 BINARY := bin/whatsapp-contact-processor
+ROUNDS := 8
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,8 +14,8 @@ test: ## run the tests
 
 bench: ## time the handler, and the program beside a bare net/http server
 	@mkdir -p bin && rm -f bin/bench.txt
-	@for round in 1 2 3 4 5 6 7 8; do \
-		echo "round $$round of 8"; \
+	@for round in $$(seq $(ROUNDS)); do \
+		echo "round $$round of $(ROUNDS)"; \
 		for bench in '. Handler 300ms' '.ci Program/(start|memory) 20x' '.ci Program/request 20000x'; do \
 			set -- $$bench; \
 			go test -C $$1 -run '^$$' -bench "$$2" -benchtime $$3 . >>bin/bench.txt || { cat bin/bench.txt; exit 1; }; \

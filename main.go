@@ -29,7 +29,7 @@ const (
 	idleTimeout    = 120 * time.Second      // over the 60 s of load balancers, so that they close first
 	maxHeaderBytes = 16 << 10               // room for tokens and cookies; net/http adds 4 KiB
 	probeTimeout   = 2 * time.Second        // under the 3 s of the image's HEALTHCHECK
-	bodyTimeout    = 500 * time.Millisecond // for a body once the answer is out: nobody reads it, and it holds a place
+	bodyTimeout    = 100 * time.Millisecond // for a body once the answer is out: nobody reads it, and it holds a place
 	lastCall       = 50 * time.Millisecond  // for what is on its way when the listener or an idle connection closes
 )
 

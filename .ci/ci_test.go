@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -199,8 +198,9 @@ func startCmd(t testing.TB, cmd *exec.Cmd, port string, env ...string) *instance
 			in.mu.Lock()
 			fmt.Fprintln(&in.log, lines.Text())
 			in.mu.Unlock()
-			if m := regexp.MustCompile(`msg=listening addr=(\S+)`).FindStringSubmatch(lines.Text()); m != nil {
-				listening <- m[1]
+			if _, rest, ok := strings.Cut(lines.Text(), "msg=listening addr="); ok {
+				addr, _, _ := strings.Cut(rest, " ")
+				listening <- addr
 			}
 		}
 		cmd.Wait()

@@ -30,7 +30,7 @@ func TestDocker(t *testing.T) {
 	}
 
 	// An instance that drains, asked every second; another port through the environment.
-	run("docker run -d --name contact-processor-drain -e PORT=8080 -e DRAIN_DELAY=8s --health-interval 1s --read-only --cap-drop ALL --security-opt no-new-privileges --memory 32m whatsapp-contact-processor")
+	run("docker run -d --name contact-processor-drain -e PORT=8080 -e DRAIN_DELAY=8s --health-interval 1s --read-only --cap-drop ALL --security-opt no-new-privileges --memory 128m whatsapp-contact-processor")
 	health("contact-processor-drain", "healthy")
 	run("docker kill --signal TERM contact-processor-drain")
 	health("contact-processor-drain", "unhealthy")
