@@ -1,6 +1,7 @@
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCHSTAT := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
 BINARY := bin/whatsapp-contact-processor
+IMAGE := whatsapp-contact-processor:1.0.0
 ROUNDS := 8
 
 help: ## list the targets
@@ -32,8 +33,8 @@ lint: ## check with gofmt, vet and staticcheck
 	go vet ./...
 	go run $(STATICCHECK) ./...
 
-image: ## build the container image whatsapp-contact-processor
-	docker build -t whatsapp-contact-processor .
+image: ## build the container image
+	docker build -t $(IMAGE) .
 
 clean: ## remove what build made
 	rm -rf bin

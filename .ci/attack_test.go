@@ -70,7 +70,7 @@ func ask(addr, path string, keep bool, answered *atomic.Int64) error {
 		}
 		leave := false
 		for answers := bufio.NewReader(conn); err == nil && !leave; {
-			if leave, err = exchange(conn, answers, path); err == nil {
+			if _, leave, err = exchange(conn, answers, path); err == nil {
 				answered.Add(1)
 			}
 			if !keep {
@@ -84,18 +84,19 @@ func ask(addr, path string, keep bool, answered *atomic.Int64) error {
 	}
 }
 
-// exchange asks for path once and returns whether the answer tells the client to leave.
-func exchange(conn net.Conn, answers *bufio.Reader, path string) (leave bool, err error) {
+// exchange asks for path once and returns the code of the answer and whether it tells
+// the client to leave.
+func exchange(conn net.Conn, answers *bufio.Reader, path string) (code int, leave bool, err error) {
 	conn.SetDeadline(time.Now().Add(patience))
 	if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: a.example\r\n\r\n", path); err != nil {
-		return false, err
+		return 0, true, err
 	}
 	resp, err := http.ReadResponse(answers, nil)
 	if err != nil {
-		return false, err
+		return 0, true, err
 	}
 	_, err = io.Copy(io.Discard, resp.Body)
-	return resp.Close, err
+	return resp.StatusCode, resp.Close, err
 }
 
 // TestLimits holds the server to the limits on its clients' time.

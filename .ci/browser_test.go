@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -17,7 +18,8 @@ func TestBrowser(t *testing.T) {
 		fmt.Fprintf(w, "<!doctype html><title>waiting</title><script type=module>try { %s } catch (e) { document.title = 'blocked: ' + e }</script>", script)
 	}))
 	defer page.Close()
-	list := strings.TrimSpace(block(t, "ini dashboard.env"))
+	readme := output(t, "cat", "../README.md")
+	list := regexp.MustCompile("`(ALLOWED_ORIGINS=https://dashboard\\.example)` goes with it").FindStringSubmatch(readme)[1]
 	allowed := start(t, service, "0", replace(t, list, "https://dashboard.example", page.URL))
 	draining := start(t, service, "0", replace(t, list, "https://dashboard.example", page.URL), "DRAIN_DELAY=1h")
 	other := start(t, service, "0", list)

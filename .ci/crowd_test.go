@@ -118,8 +118,7 @@ type container struct {
 
 func startContainer(t *testing.T) *container {
 	t.Helper()
-	run := regexp.MustCompile(`(?m)^docker run .*`).FindString(block(t, "sh docker"))
-	c := &container{id: output(t, "bash", "-euc", replace(t, run, "--name contact-processor -p 5034:5034", "--rm=false"))}
+	c := &container{id: output(t, "bash", "-euc", dockerRun(t, ""))}
 	t.Cleanup(func() { exec.Command("docker", "rm", "-f", c.id).Run() })
 	fields := strings.Fields(output(t, "docker", "inspect", "--format", "{{.NetworkSettings.IPAddress}} {{.State.Pid}} {{.HostConfig.Memory}}", c.id))
 	c.addr, c.proc = net.JoinHostPort(fields[0], "5034"), "/proc/"+fields[1]

@@ -1,79 +1,342 @@
 package ci
 
 import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
-
-	appsv1 "k8s.io/api/apps/v1"
-	corev1 "k8s.io/api/core/v1"
-	"sigs.k8s.io/yaml"
 )
 
-// TestKubernetes parses the manifests as strictly as the API server can and holds
-// their numbers against each other and against the service's own.
-func TestKubernetes(t *testing.T) {
+// TestKubeScore lets kube-score read the README's block as it stands.
+func TestKubeScore(t *testing.T) {
 	t.Parallel()
-	first, second, _ := strings.Cut(block(t, "yaml kubernetes"), "\n---\n")
-	var deployment appsv1.Deployment
-	if err := yaml.UnmarshalStrict([]byte(first), &deployment); err != nil {
-		t.Fatal(err)
-	}
-	var svc corev1.Service
-	if err := yaml.UnmarshalStrict([]byte(second), &svc); err != nil {
-		t.Fatal(err)
-	}
-	if err := yaml.UnmarshalStrict([]byte(strings.Replace(first, "failureThreshold", "failureTreshold", 1)), new(appsv1.Deployment)); err == nil {
-		t.Error("got no error for a misspelt field")
-	}
-	spec, pod := deployment.Spec, deployment.Spec.Template.Spec
-	c := pod.Containers[0]
+	file := write(t, "kubernetes.yaml", block(t, "yaml kubernetes"))
+	t.Log(output(t, "go", "run", "github.com/zegl/kube-score/cmd/kube-score@v1.20.0", "score", file))
+}
 
-	// The same environment, in the real program.
-	env := map[string]string{}
-	var list []string
-	for _, e := range c.Env {
-		env[e.Name] = e.Value
-		list = append(list, e.Name+"="+e.Value)
+// cluster is a namespace on a Kubernetes whose node is this machine: Service addresses
+// can be reached, and the processes of the pods are in /proc.
+type cluster struct {
+	*testing.T
+	file string // the README's block
+}
+
+// TestKubernetes holds the README's block, as it stands, against the cluster of
+// KUBECONFIG, which has the image on its node: see cluster/with.
+func TestKubernetes(t *testing.T) {
+	if os.Getenv("KUBECONFIG") == "" {
+		t.Fatal("KUBECONFIG is not set: let .ci/cluster/with run this, or name a single-node cluster on this machine")
 	}
-	start(t, service, "0", list...)
-	help := output(t, service, "-h")
-	drain, err := time.ParseDuration(env["DRAIN_DELAY"])
+	c := &cluster{t, write(t, "kubernetes.yaml", block(t, "yaml kubernetes"))}
+	c.Log(output(t, "kubectl", "version"))
+	output(t, "kubectl", "create", "namespace", namespace)
+	t.Cleanup(func() { exec.Command("kubectl", "delete", "namespace", namespace).Run() })
+	output(t, "kubectl", "label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted", "pod-security.kubernetes.io/warn=restricted")
+	for _, step := range []struct {
+		name string
+		run  func(c *cluster)
+	}{
+		{"apply", (*cluster).apply},
+		{"probe by exec", (*cluster).probe},
+		{"roll out under load", (*cluster).rollOut},
+		{"evict two at once", (*cluster).evict},
+		{"freeze and kill", (*cluster).freezeAndKill},
+		{"scale to 0 and back", (*cluster).scale},
+	} {
+		if !t.Run(step.name, func(t *testing.T) { step.run(&cluster{t, c.file}) }) {
+			t.Log(c.kubectl("get", "pods,events", "-o", "wide"))
+			return
+		}
+	}
+}
+
+const namespace = "contact-processor-ci"
+
+func (c *cluster) kubectl(args ...string) string {
+	c.Helper()
+	return output(c, "kubectl", append([]string{"-n", namespace}, args...)...)
+}
+
+// ready waits until the Deployment has all its pods ready and no other.
+func (c *cluster) ready(timeout time.Duration) {
+	c.Helper()
+	c.kubectl("rollout", "status", "deployment/contact-processor", "--timeout", timeout.String())
+	until(c.T, "the pods to be 2", func() bool { return len(c.pods()) == 2 })
+}
+
+func (c *cluster) apply() {
+	began := time.Now()
+	if out := c.kubectl("apply", "--validate=strict", "-f", c.file); strings.Contains(out, "Warning") {
+		c.Errorf("got %s, want no warning", out)
+	}
+	c.ready(30 * time.Second)
+	c.Logf("ready after %.1f s", time.Since(began).Seconds())
+	const generations = "jsonpath={.items[*].metadata.generation}"
+	before := c.kubectl("get", "deployments,services,pdb", "-o", generations)
+	c.kubectl("diff", "-f", c.file)
+	c.kubectl("apply", "--validate=strict", "-f", c.file)
+	if after := c.kubectl("get", "deployments,services,pdb", "-o", generations); after != before {
+		c.Errorf("second apply: got generations %s, want %s as before", after, before)
+	}
+}
+
+func (c *cluster) probe() {
+	if out := c.kubectl("exec", "deployment/contact-processor", "--", "/whatsapp-contact-processor", "-probe"); !strings.Contains(out, "200 OK") {
+		c.Errorf("got %q, want 200", out)
+	}
+}
+
+// pod is what the test needs to know of one.
+type pod struct {
+	Metadata struct {
+		Name, UID         string
+		DeletionTimestamp *time.Time
+	}
+	Status struct {
+		PodIP             string
+		ContainerStatuses []struct {
+			Ready        bool
+			RestartCount int
+		}
+	}
+}
+
+func (c *cluster) pods() []pod {
+	c.Helper()
+	var list struct{ Items []pod }
+	if err := json.Unmarshal([]byte(c.kubectl("get", "pods", "-l", "app=contact-processor", "-o", "json")), &list); err != nil {
+		c.Fatal(err)
+	}
+	return list.Items
+}
+
+// evict asks for the eviction of both pods, as two drained nodes would.
+func (c *cluster) evict() {
+	c.ready(30 * time.Second)
+	var answers []string
+	for _, p := range c.pods() {
+		eviction := write(c.T, "eviction.json", fmt.Sprintf(`{"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": %q, "namespace": %q}}`, p.Metadata.Name, namespace))
+		out, _ := exec.Command("kubectl", "create", "--raw", "/api/v1/namespaces/"+namespace+"/pods/"+p.Metadata.Name+"/eviction", "-f", eviction).CombinedOutput()
+		answers = append(answers, string(out))
+	}
+	if !strings.Contains(answers[0], "Success") || !strings.Contains(answers[1], "disruption budget") {
+		c.Errorf("got %q, want the first granted and the second refused", answers)
+	}
+	c.ready(30 * time.Second)
+}
+
+// freezeAndKill stops one process, which liveness has to notice, and kills another.
+func (c *cluster) freezeAndKill() {
+	for _, tt := range []struct {
+		signal syscall.Signal
+		limit  time.Duration
+	}{{syscall.SIGSTOP, 40 * time.Second}, {syscall.SIGKILL, 10 * time.Second}} {
+		c.ready(30 * time.Second)
+		victim := c.pods()[0]
+		began := time.Now()
+		if err := syscall.Kill(c.process(victim), tt.signal); err != nil {
+			c.Fatal(err)
+		}
+		within(c.T, tt.limit, "the container to be replaced after "+tt.signal.String(), func() bool {
+			for _, p := range c.pods() {
+				if status := p.Status.ContainerStatuses; p.Metadata.Name == victim.Metadata.Name && len(status) == 1 {
+					return status[0].Ready && status[0].RestartCount > victim.Status.ContainerStatuses[0].RestartCount
+				}
+			}
+			return false
+		})
+		c.Logf("%v: ready again after %.1f s", tt.signal, time.Since(began).Seconds())
+	}
+}
+
+// process returns the service's process in a pod.
+func (c *cluster) process(p pod) int {
+	c.Helper()
+	uid := regexp.MustCompile(strings.ReplaceAll(p.Metadata.UID, "-", "[-_]")) // the systemd driver has no dashes
+	groups, _ := filepath.Glob("/proc/[0-9]*/cgroup")
+	for _, file := range groups {
+		group, _ := os.ReadFile(file)
+		command, _ := os.ReadFile(filepath.Dir(file) + "/cmdline")
+		if uid.Match(group) && strings.HasPrefix(string(command), "/whatsapp-contact-processor") {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+			return pid
+		}
+	}
+	c.Fatalf("pod %s has no process on this machine", p.Metadata.Name)
+	return 0
+}
+
+func (c *cluster) scale() {
+	c.kubectl("scale", "deployment/contact-processor", "--replicas", "0")
+	began := time.Now()
+	within(c.T, 15*time.Second, "the pods to be gone, without a kill after the grace period", func() bool { return len(c.pods()) == 0 })
+	c.Logf("gone after %.1f s", time.Since(began).Seconds())
+	c.kubectl("scale", "deployment/contact-processor", "--replicas", "2")
+	began = time.Now()
+	c.ready(30 * time.Second)
+	c.Logf("back after %.1f s", time.Since(began).Seconds())
+}
+
+// rollOut restarts the Deployment three times under load through the Service: requests
+// on new connections and on kept ones, GET /health and an ordinary path.
+func (c *cluster) rollOut() {
+	c.ready(30 * time.Second)
+	ctx, cancel := context.WithCancel(c.Context())
+	var load sync.WaitGroup
+	defer load.Wait()
+	defer cancel()
+	w := &rollOut{addr: net.JoinHostPort(c.kubectl("get", "service", "contact-processor", "-o", "jsonpath={.spec.clusterIP}"), "80"),
+		connected: map[string]time.Time{}, deleted: map[string]time.Time{}, gone: map[string]time.Time{}}
+	load.Go(func() { w.watchPods(ctx) })
+	load.Go(func() { w.watchConnections(ctx) })
+	kinds := []*requests{{path: "/health", want: 200}, {path: "/contacts", want: 404}, {path: "/health", want: 200, keep: true}, {path: "/contacts", want: 404, keep: true}}
+	for _, r := range kinds {
+		for range 4 {
+			load.Go(func() { r.send(ctx, w.addr) })
+		}
+	}
+	until(c.T, "the load", func() bool { return kinds[0].count() > 10 })
+	for range 3 {
+		c.kubectl("rollout", "restart", "deployment/contact-processor")
+		c.ready(2 * time.Minute)
+	}
+	cancel()
+	load.Wait()
+	for _, r := range kinds {
+		c.Logf("%s, connection kept %t: %d requests, %d answers of 503, %d lost %q", r.path, r.keep, r.sent, r.draining, r.lost, r.problems)
+		if r.lost > 0 || !r.keep && r.draining > 0 {
+			c.Errorf("%s, connection kept %t: got %d answers of 503 and %d lost, want none", r.path, r.keep, r.draining, r.lost)
+		}
+	}
+	var latest, longest time.Duration
+	for ip, deleted := range w.deleted {
+		latest, longest = max(latest, w.connected[ip].Sub(deleted)), max(longest, w.gone[ip].Sub(deleted))
+	}
+	c.Logf("%d pods deleted: the last new connection %.1f s at most after that, the pod gone %.1f s at most", len(w.deleted), latest.Seconds(), longest.Seconds())
+	if len(w.deleted) < 6 || len(w.connected) < 6 {
+		c.Errorf("got %d deletions and connections to %d pods, want both of 6 or more", len(w.deleted), len(w.connected))
+	}
+}
+
+// rollOut is what was seen of pods, by address.
+type rollOut struct {
+	addr                     string // of the Service
+	mu                       sync.Mutex
+	connected, deleted, gone map[string]time.Time
+}
+
+// watchPods notes when a pod was deleted and when it was gone.
+func (w *rollOut) watchPods(ctx context.Context) {
+	stream(ctx, func(out io.Reader) {
+		var event struct {
+			Type   string
+			Object pod
+		}
+		for events := json.NewDecoder(out); ; {
+			event.Object = pod{}
+			if err := events.Decode(&event); err != nil {
+				return
+			}
+			w.mu.Lock()
+			switch ip := event.Object.Status.PodIP; {
+			case event.Type == "DELETED":
+				w.gone[ip] = time.Now()
+			case event.Object.Metadata.DeletionTimestamp != nil && w.deleted[ip].IsZero():
+				w.deleted[ip] = time.Now()
+			}
+			w.mu.Unlock()
+		}
+	}, "kubectl", "-n", namespace, "get", "pods", "-l", "app=contact-processor", "--watch", "--output-watch-events", "-o", "json")
+}
+
+// watchConnections notes the last new connection through the Service to each pod, as the
+// kernel translates it.
+func (w *rollOut) watchConnections(ctx context.Context) {
+	host, _, _ := net.SplitHostPort(w.addr)
+	stream(ctx, func(out io.Reader) {
+		for lines := bufio.NewScanner(out); lines.Scan(); {
+			if sources := regexp.MustCompile(`src=(\S+)`).FindAllStringSubmatch(lines.Text(), 2); len(sources) == 2 {
+				w.mu.Lock()
+				w.connected[sources[1][1]] = time.Now()
+				w.mu.Unlock()
+			}
+		}
+	}, "conntrack", "-E", "-e", "NEW", "-p", "tcp", "--orig-dst", host)
+}
+
+// stream runs a command until ctx ends and lets read have its output.
+func stream(ctx context.Context, read func(io.Reader), name string, args ...string) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	out, err := cmd.StdoutPipe()
 	if err != nil {
-		t.Fatal(err)
+		panic(err)
 	}
-	const shutdownTimeout, probeTimeout = 10 * time.Second, time.Second // defaults of the service and of Kubernetes
-	seconds := func(n int32) time.Duration { return time.Duration(n) * time.Second }
+	if err := cmd.Start(); err != nil {
+		panic(err)
+	}
+	read(out)
+	cmd.Wait()
+}
 
-	check := func(ok bool, what string) {
-		t.Helper()
-		if !ok {
-			t.Errorf("want %s", what)
+// requests is one kind of load.
+type requests struct {
+	path string
+	want int
+	keep bool
+
+	mu                   sync.Mutex
+	sent, draining, lost int
+	problems             []string
+}
+
+func (r *requests) count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.sent
+}
+
+// send asks 20 times a second, on kept connections until it is told to leave. It asks
+// nothing twice: an answer that does not come is a request lost. A kept connection may
+// have one 503, with which it is told to leave; its first answer is that of a new one.
+func (r *requests) send(ctx context.Context, addr string) {
+	for ctx.Err() == nil {
+		conn, err := net.DialTimeout("tcp", addr, 5*time.Second)
+		first := true
+		for answers := bufio.NewReader(conn); ; first = false {
+			code, leave := 0, true
+			if err == nil {
+				code, leave, err = exchange(conn, answers, r.path)
+			}
+			r.mu.Lock()
+			r.sent++
+			switch {
+			case err == nil && code == r.want:
+			case err == nil && code == 503 && r.keep && !first:
+				r.draining++
+			default:
+				r.lost++
+				r.problems = append(r.problems, fmt.Sprintf("%d, error %v", code, err))
+			}
+			r.mu.Unlock()
+			time.Sleep(50 * time.Millisecond)
+			if err != nil || leave || !r.keep || ctx.Err() != nil {
+				break
+			}
+		}
+		if conn != nil {
+			conn.Close()
 		}
 	}
-	check(deployment.APIVersion == "apps/v1" && deployment.Kind == "Deployment" && svc.APIVersion == "v1" && svc.Kind == "Service", "a Deployment and a Service")
-	check(strings.Contains(help, "[PORT] (default 5034)") && c.Ports[0].ContainerPort == 5034, "the service's default port as the container's")
-	check(strings.Contains(help, "[SHUTDOWN_TIMEOUT] (default 10s)"), "a shutdown timeout of 10s")
-	for name, p := range map[string]*corev1.Probe{"startup": c.StartupProbe, "readiness": c.ReadinessProbe, "liveness": c.LivenessProbe} {
-		check(p.HTTPGet.Path == "/health" && p.HTTPGet.Port.StrVal == c.Ports[0].Name, name+" to ask /health at the container's port")
-		check(max(seconds(p.TimeoutSeconds), probeTimeout) <= seconds(p.PeriodSeconds), name+" to end before it is repeated")
-	}
-	r, l := c.ReadinessProbe, c.LivenessProbe
-	check(drain > seconds(r.PeriodSeconds*r.FailureThreshold+r.TimeoutSeconds), "a drain delay above the time until a readiness failure")
-	check(drain+shutdownTimeout < seconds(int32(*pod.TerminationGracePeriodSeconds)), "drain delay and shutdown timeout below the grace period")
-	check(seconds(l.PeriodSeconds*l.FailureThreshold) > drain, "liveness to outlast the drain")
-	check(*spec.Replicas >= 2, "two replicas at least")
-	check(spec.Strategy.RollingUpdate.MaxUnavailable.IntVal == 0 && spec.Strategy.RollingUpdate.MaxSurge.IntVal > 0, "no unavailable pod in a rolling update")
-	check(pod.TopologySpreadConstraints[0].TopologyKey == "kubernetes.io/hostname", "replicas spread over nodes")
-	for name, labels := range map[string]map[string]string{"deployment": spec.Selector.MatchLabels, "service": svc.Spec.Selector, "spread": pod.TopologySpreadConstraints[0].LabelSelector.MatchLabels} {
-		for key, value := range labels {
-			check(spec.Template.Labels[key] == value, name+" to select the pods")
-		}
-		check(len(labels) > 0, name+" to select something")
-	}
-	check(svc.Spec.Ports[0].TargetPort.StrVal == c.Ports[0].Name, "the Service to reach the container's port")
-	s := c.SecurityContext
-	check(*pod.SecurityContext.RunAsNonRoot && *pod.SecurityContext.RunAsUser == 65532 && pod.SecurityContext.SeccompProfile.Type == corev1.SeccompProfileTypeRuntimeDefault &&
-		!*s.AllowPrivilegeEscalation && *s.ReadOnlyRootFilesystem && s.Capabilities.Drop[0] == "ALL", "the restricted security context")
-	check(!c.Resources.Requests.Memory().IsZero() && !c.Resources.Requests.Cpu().IsZero() && !c.Resources.Limits.Memory().IsZero() && !c.Resources.Limits.Cpu().IsZero(), "requests and limits")
 }

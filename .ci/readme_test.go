@@ -23,8 +23,8 @@ func TestReadme(t *testing.T) {
 	ran := map[string]string{}
 	for _, m := range regexp.MustCompile("(?ms)^```sh (\\S+)\n(.*?)^```$").FindAllStringSubmatch(string(readme), -1) {
 		name, commands := m[1], m[2]
-		if name == "docker" {
-			continue // TestDocker runs it
+		if name == "docker" || name == "systemd" {
+			continue // TestDocker and TestSystemd run them
 		}
 		cmd := exec.Command("bash", "-euc", commands)
 		cmd.Dir = clone

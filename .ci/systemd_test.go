@@ -1,0 +1,120 @@
+package ci
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// machine is a real systemd in a throw-away container that has this machine's programs
+// and network, and nothing else of it.
+type machine struct {
+	*testing.T
+	leader string // process id of its systemd
+}
+
+// boot returns when the machine is up. The working directory there has what make build
+// makes in bin.
+func boot(t *testing.T) *machine {
+	t.Helper()
+	dir := t.TempDir()
+	output(t, "make", "-C", "..", "build", "BINARY="+dir+"/bin/whatsapp-contact-processor")
+	cmd := exec.Command("systemd-nspawn", "--register=no", "--keep-unit", "--quiet", "--volatile=yes", "--directory=/",
+		"--bind-ro="+dir+":/srv", "--bind="+t.TempDir()+":/usr/local/bin", "--boot", "systemd.firstboot=off")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Signal(syscall.SIGTERM)
+		kill := time.AfterFunc(patience, func() { cmd.Process.Kill() })
+		cmd.Wait()
+		kill.Stop()
+	})
+	m := &machine{T: t}
+	until(t, "systemd", func() bool {
+		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", cmd.Process.Pid))
+		m.leader = strings.TrimSpace(string(children))
+		return m.leader != "" && exec.Command("nsenter", "-t", m.leader, "-a", "systemctl", "is-active", "multi-user.target").Run() == nil
+	})
+	return m
+}
+
+// run lets the machine's shell run commands; it is root, and so needs no sudo.
+func (m *machine) run(commands string) string {
+	m.Helper()
+	return output(m, "nsenter", "-t", m.leader, "-a", "bash", "-uc", "sudo() { \"$@\"; }; cd /srv; "+commands)
+}
+
+func (m *machine) write(path, text string) {
+	m.Helper()
+	m.run("mkdir -p " + filepath.Dir(path) + "; cat >" + path + " <<'END'\n" + text + "END")
+}
+
+func (m *machine) show(property string) string {
+	m.Helper()
+	return m.run("systemctl show --value -p " + property + " contact-processor")
+}
+
+// TestSystemd installs the README's unit as the README says, and lives through what
+// happens to a service.
+func TestSystemd(t *testing.T) {
+	m := boot(t)
+	t.Log(m.run("systemctl --version | head -n 1"))
+	port := freePort(t)
+	url := "http://127.0.0.1:" + port + "/health"
+	const unit, settings, setting = "/etc/systemd/system/contact-processor.service", "/etc/contact-processor.env", "DRAIN_DELAY=5s"
+	for _, said := range []string{"Save this as `" + unit + "`", "Settings go into `" + settings + "`, one a line, as `" + setting + "`"} {
+		if !strings.Contains(output(t, "cat", "../README.md"), said) {
+			t.Errorf("the README does not say %q", said)
+		}
+	}
+	m.write(unit, block(t, "ini contact-processor.service"))
+	m.write(settings, setting+"\nPORT="+port+"\n")
+	install, made := strings.CutPrefix(block(t, "sh systemd"), "make build\n") // there is no Go there
+	if !made {
+		t.Fatal("the block does not begin with make build")
+	}
+	t.Log(m.run(install))
+	until(t, "an answer", func() bool { code, _ := get(url); return code == 200 })
+
+	if out := m.run("systemd-analyze verify contact-processor.service"); out != "" {
+		t.Errorf("systemd-analyze verify: got %q, want nothing", out)
+	}
+	exposure := cut(m.run("systemd-analyze security --no-pager contact-processor"), "Overall exposure level for contact-processor.service: ")
+	if level, err := strconv.ParseFloat(strings.Fields(exposure)[0], 64); err != nil || level >= 2 {
+		t.Errorf("systemd-analyze security: got %q, want it below 2", exposure)
+	}
+	process := m.run("cat /proc/" + m.show("MainPID") + "/status")
+	for _, want := range []string{`Uid:\t[1-9]\d+\t`, `CapPrm:\t0+\n`, `CapBnd:\t0+\n`, `NoNewPrivs:\t1\n`, `Seccomp:\t2\n`} {
+		if !regexp.MustCompile(want).MatchString(process) {
+			t.Errorf("got a process with %s, want it to have %q", process, want)
+		}
+	}
+
+	began := time.Now()
+	m.run("kill -KILL " + m.show("MainPID"))
+	until(t, "the service to be back after SIGKILL", func() bool { code, _ := get(url); return code == 200 && m.show("NRestarts") == "1" })
+	t.Logf("exposure %s; back %.1f s after SIGKILL", exposure, time.Since(began).Seconds())
+
+	m.run("systemctl stop --no-block contact-processor")
+	until(t, "draining", func() bool { code, _ := get(url); return code == 503 })
+	until(t, "the end", func() bool { return m.show("ActiveState") == "inactive" })
+	if result, journal := m.show("Result"), m.run("journalctl -u contact-processor"); result != "success" || !strings.Contains(journal, "msg=stopped") {
+		t.Errorf("stopped: got result %s and journal %s, want success", result, journal)
+	}
+
+	m.write(settings, "PORT=http\n")
+	m.run("systemctl start contact-processor")
+	until(t, "the service to fail", func() bool { return m.show("ActiveState") == "failed" })
+	const reason = `invalid value "http" for variable PORT: want a port number from 0 to 65535`
+	if status := m.run("systemctl status --no-pager contact-processor || true"); !strings.Contains(status, reason) || m.show("NRestarts") != "0" {
+		t.Errorf("wrong setting: got %s restarts and status %s, want no restart and %q", m.show("NRestarts"), status, reason)
+	}
+}
