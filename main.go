@@ -256,7 +256,7 @@ func (s *service) track(c net.Conn, state http.ConnState) {
 func (s *service) makeRoom() {
 	if now := time.Now(); s.open > s.maxConnections && now.After(s.quiet) {
 		s.quiet = now.Add(time.Minute) // a crowd must not fill the log
-		s.log.Warn("connection limit reached, the longest waiting give way", "max-connections", s.maxConnections)
+		go s.log.Warn("connection limit reached, the longest waiting give way", "max-connections", s.maxConnections) // a slow log must not hold the lock
 	}
 	gaveWay := false
 	for s.open > s.maxConnections {
