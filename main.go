@@ -253,10 +253,11 @@ func (s *service) track(c net.Conn, state http.ConnState) {
 
 // makeRoom lets the longest waiting connection give way to a new one, or waits while all
 // are being answered. It returns when one has closed: not even a crowd exceeds the limit.
+// The log hears of it once a minute, and apart: a slow reader of it must not hold the lock.
 func (s *service) makeRoom() {
 	if now := time.Now(); s.open > s.maxConnections && now.After(s.quiet) {
-		s.quiet = now.Add(time.Minute) // a crowd must not fill the log
-		go s.log.Warn("connection limit reached, the longest waiting give way", "max-connections", s.maxConnections) // a slow log must not hold the lock
+		s.quiet = now.Add(time.Minute)
+		go s.log.Warn("connection limit reached, the longest waiting give way", "max-connections", s.maxConnections)
 	}
 	gaveWay := false
 	for s.open > s.maxConnections {
