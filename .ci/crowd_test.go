@@ -60,8 +60,8 @@ func TestCrowd(t *testing.T) {
 			if most > c.limit+1+10 { // the one that waits to get in; the listener, the log and the like
 				t.Errorf("got %d open files, want no more than %d connections", most, c.limit)
 			}
-			if tt.steady && fewest < c.limit {
-				t.Errorf("got %d open files at a time, want %d connections all the time", fewest, c.limit)
+			if least := c.limit * 98 / 100; tt.steady && fewest < least { // a few are just changing hands
+				t.Errorf("got %d open files at a time, want %d connections or more all the time", fewest, least)
 			}
 			t.Logf("%d probes, %d failed, median %v, slowest %v; %d other answers; %d to %d open files; memory: %.0f MiB at most of %.0f",
 				len(times), len(failed), times[len(times)/2], times[len(times)-1], answers.Load(), fewest, most, c.peak(t)/(1<<20), c.memory/(1<<20))
