@@ -139,6 +139,8 @@ func startContainer(t *testing.T) *container {
 func (c *container) probe(ctx context.Context) (times []time.Duration, failed []string, files []int) {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 2 * time.Second}
 	for tick := time.NewTicker(100 * time.Millisecond); ctx.Err() == nil; <-tick.C {
+		open, _ := os.ReadDir(c.proc + "/fd") // first: after the answer the crowd may have left
+		files = append(files, len(open))
 		began := time.Now()
 		resp, err := client.Get("http://" + c.addr + "/health")
 		if err == nil {
@@ -152,8 +154,6 @@ func (c *container) probe(ctx context.Context) (times []time.Duration, failed []
 			failed = append(failed, err.Error())
 		}
 		times = append(times, time.Since(began))
-		open, _ := os.ReadDir(c.proc + "/fd")
-		files = append(files, len(open))
 	}
 	slices.Sort(times)
 	return times, failed, files
