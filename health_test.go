@@ -820,6 +820,20 @@ func TestConnectionLimit(t *testing.T) {
 		}
 		line.wantClosed(t)
 	})
+	t.Run("a first request has time to come", func(t *testing.T) {
+		t.Parallel()
+		p := start(t, []string{"MAX_CONNECTIONS=1000"})
+		began := time.Now()
+		first := p.dial(t, "")
+		for range 999 {
+			p.dial(t, "")
+		}
+		p.dial(t, get+"\r\n").wantAnswer(t, 200)
+		if got, want := time.Since(began), 200*time.Millisecond; got < want {
+			t.Errorf("the newest was answered after %v, want the first to have %v before it gives way", got, want)
+		}
+		first.wantClosed(t)
+	})
 	t.Run("a request that is answered does not", func(t *testing.T) {
 		t.Parallel()
 		p := start(t, []string{"MAX_CONNECTIONS=1"})

@@ -22,7 +22,6 @@ import (
 	"time"
 )
 
-// A probe takes milliseconds; a client that needs more is broken or hostile.
 const (
 	readTimeout    = 5 * time.Second        // for a client that drips its headers
 	writeTimeout   = 10 * time.Second       // for a client that does not read
@@ -31,6 +30,7 @@ const (
 	probeTimeout   = 2 * time.Second        // under the 3 s of the image's HEALTHCHECK
 	bodyTimeout    = 100 * time.Millisecond // for a body once the answer is out: nobody reads it, and it holds a place
 	lastCall       = 50 * time.Millisecond  // for what is on its way when the listener or an idle connection closes
+	perRequest     = 200 * time.Microsecond // more than one takes on a quarter of a core: n that come at once are heard within n times this
 )
 
 func main() { os.Exit(run(os.Args[1:], os.Getenv, os.Stdout, os.Stderr)) }
@@ -83,7 +83,12 @@ func parse(args []string, getenv func(string) string, stdout io.Writer) (c confi
 	define("port", "5034", "TCP `port`, 0 to 65535; 0 picks a free one",
 		func(s string) error { c.port = s; return checkPort(s) })
 	define("max-connections", "1000", "most `connections` at once, 1 or more; for a new one the longest waiting gives way",
-		func(s string) (err error) { c.maxConnections, err = parseCount(s); return err })
+		func(s string) (err error) {
+			if c.maxConnections, err = strconv.Atoi(s); err != nil || c.maxConnections < 1 {
+				err = errors.New("want an integer of 1 or more")
+			}
+			return err
+		})
 	define("allowed-origins", "*", "comma-separated `origins` whose pages may read the answers, as scheme://host[:port];\n* alone for all, https://*.corp.example for every name under one",
 		func(s string) (err error) { c.origins, err = parseOrigins(s); return err })
 	define("drain-delay", "0s", "`duration` of 503 on /health after SIGTERM or SIGINT, before the listener closes",
@@ -117,14 +122,6 @@ func checkPort(s string) error {
 		return errors.New("want a port number from 0 to 65535")
 	}
 	return nil
-}
-
-func parseCount(s string) (int, error) {
-	n, err := strconv.Atoi(s)
-	if err != nil || n < 1 {
-		return 0, errors.New("want an integer of 1 or more")
-	}
-	return n, nil
 }
 
 func parseDuration(s string) (time.Duration, error) {
@@ -168,14 +165,13 @@ type service struct {
 	config
 	log      *slog.Logger
 	draining atomic.Bool
-
-	mu      sync.Mutex
-	changed sync.Cond                  // tells of each change to what follows
-	open    int                        // connections, the one that waits to get in among them
-	waiting list.List                  // for the first or next request: of net.Conn, the longest waiting first
-	places  map[net.Conn]*list.Element // in waiting
-	idle    map[net.Conn]bool          // between two requests
-	quiet   time.Time                  // until when the log is told no more of the limit
+	mu       sync.Mutex                 // guards what follows
+	changed  sync.Cond                  // tells of each change to it
+	open     int                        // connections, the one that waits to get in among them
+	waiting  list.List                  // for the first or next request: of net.Conn, the longest waiting first
+	places   map[net.Conn]*list.Element // in waiting
+	hearBy   map[net.Conn]time.Time     // until when a first request may be on its way
+	quiet    time.Time                  // until when the log is told no more of the limit
 }
 
 // serve answers until the first signal, then drains; a second signal ends that.
@@ -184,7 +180,7 @@ func serve(c config, signals <-chan os.Signal, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("%w; want another -port (PORT) or -host (HOST)", err)
 	}
-	s := &service{config: c, log: log, places: map[net.Conn]*list.Element{}, idle: map[net.Conn]bool{}}
+	s := &service{config: c, log: log, places: map[net.Conn]*list.Element{}, hearBy: map[net.Conn]time.Time{}}
 	s.changed.L = &s.mu
 	srv := &http.Server{
 		Handler:                      newHandler(&s.draining, c.origins),
@@ -236,32 +232,34 @@ func (s *service) track(c net.Conn, state http.ConnState) {
 		s.waiting.Remove(place)
 		delete(s.places, c)
 	}
-	delete(s.idle, c)
+	delete(s.hearBy, c)
 	switch state {
 	case http.StateNew: // Serve accepts nothing until this returns
 		s.open++
 		s.makeRoom()
 		s.places[c] = s.waiting.PushBack(c)
+		patience := time.Duration(s.maxConnections) * perRequest
+		s.hearBy[c] = time.Now().Add(patience)
+		time.AfterFunc(patience, func() { s.mu.Lock(); s.changed.Broadcast(); s.mu.Unlock() })
 	case http.StateIdle:
 		s.places[c] = s.waiting.PushBack(c)
-		s.idle[c] = true
 	case http.StateClosed:
 		s.open--
 	}
 	s.changed.Broadcast()
 }
 
-// makeRoom lets the longest waiting connection give way to a new one, or waits while all
-// are being answered. It returns when one has closed: not even a crowd exceeds the limit.
-// The log hears of it once a minute, and apart: a slow reader of it must not hold the lock.
+// makeRoom lets the longest waiting connection give way to a new one, unless all are being
+// answered or that one is so new itself that its request may be on its way: then it waits.
+// It returns when one has closed, so that not even a crowd exceeds the limit.
 func (s *service) makeRoom() {
 	if now := time.Now(); s.open > s.maxConnections && now.After(s.quiet) {
 		s.quiet = now.Add(time.Minute)
-		go s.log.Warn("connection limit reached, the longest waiting give way", "max-connections", s.maxConnections)
+		go s.log.Warn("connection limit reached, the longest waiting give way", "max-connections", s.maxConnections) // apart: a slow reader must not hold the lock
 	}
 	gaveWay := false
 	for s.open > s.maxConnections {
-		if longest := s.waiting.Front(); longest != nil && !gaveWay {
+		if longest := s.waiting.Front(); longest != nil && !gaveWay && !time.Now().Before(s.hearBy[longest.Value.(net.Conn)]) {
 			s.waiting.Remove(longest).(net.Conn).Close()
 			gaveWay = true
 		}
@@ -274,9 +272,11 @@ func (s *service) closeIdle() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.open > 0 {
-		for c := range s.idle {
-			c.Close()
-			delete(s.idle, c)
+		for c := range s.places {
+			if s.hearBy[c].IsZero() {
+				c.Close()
+				delete(s.places, c)
+			}
 		}
 		s.changed.Wait()
 	}
