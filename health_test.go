@@ -834,7 +834,7 @@ func TestConnectionLimit(t *testing.T) {
 		}
 		first.wantClosed(t)
 	})
-	t.Run("a request that is answered does not", func(t *testing.T) {
+	t.Run("a request that is answered keeps its place", func(t *testing.T) {
 		t.Parallel()
 		p := start(t, []string{"MAX_CONNECTIONS=1"})
 		busy := p.dial(t, get+"Content-Length: 10\r\n\r\n") // is being answered until the body's time is over

@@ -170,7 +170,7 @@ type service struct {
 	open     int                        // connections, the one that waits to get in among them
 	waiting  list.List                  // for the first or next request: of net.Conn, the longest waiting first
 	places   map[net.Conn]*list.Element // in waiting
-	hearBy   map[net.Conn]time.Time     // until when a first request may be on its way
+	hearBy   map[net.Conn]time.Time     // of those that wait for the first: until when it may be on its way
 	quiet    time.Time                  // until when the log is told no more of the limit
 }
 
@@ -219,7 +219,17 @@ func (s *service) drain(sig os.Signal, ln net.Listener, served <-chan error, dra
 	time.Sleep(lastCall)
 	time.AfterFunc(max(s.shutdownTimeout, lastCall), func() { drained <- errors.New("requests still open after -shutdown-timeout (SHUTDOWN_TIMEOUT)") })
 	<-served // the last connection has got in
-	s.closeIdle()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.open > 0 {
+		for c := range s.places {
+			if s.hearBy[c].IsZero() { // it is between two requests
+				c.Close()
+				delete(s.places, c)
+			}
+		}
+		s.changed.Wait()
+	}
 	s.log.Info("stopped")
 	drained <- nil
 }
@@ -238,9 +248,7 @@ func (s *service) track(c net.Conn, state http.ConnState) {
 		s.open++
 		s.makeRoom()
 		s.places[c] = s.waiting.PushBack(c)
-		patience := time.Duration(s.maxConnections) * perRequest
-		s.hearBy[c] = time.Now().Add(patience)
-		time.AfterFunc(patience, func() { s.mu.Lock(); s.changed.Broadcast(); s.mu.Unlock() })
+		s.hearBy[c] = time.Now().Add(time.Duration(s.maxConnections) * perRequest)
 	case http.StateIdle:
 		s.places[c] = s.waiting.PushBack(c)
 	case http.StateClosed:
@@ -259,25 +267,17 @@ func (s *service) makeRoom() {
 	}
 	gaveWay := false
 	for s.open > s.maxConnections {
-		if longest := s.waiting.Front(); longest != nil && !gaveWay && !time.Now().Before(s.hearBy[longest.Value.(net.Conn)]) {
+		longest := s.waiting.Front()
+		switch {
+		case longest == nil || gaveWay:
+			s.changed.Wait()
+		case time.Now().Before(s.hearBy[longest.Value.(net.Conn)]):
+			s.mu.Unlock()
+			time.Sleep(time.Millisecond)
+			s.mu.Lock()
+		default:
 			s.waiting.Remove(longest).(net.Conn).Close()
 			gaveWay = true
 		}
-		s.changed.Wait()
-	}
-}
-
-// closeIdle closes each connection that is or comes between two requests, until none is left.
-func (s *service) closeIdle() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for s.open > 0 {
-		for c := range s.places {
-			if s.hearBy[c].IsZero() {
-				c.Close()
-				delete(s.places, c)
-			}
-		}
-		s.changed.Wait()
 	}
 }

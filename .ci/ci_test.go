@@ -310,8 +310,9 @@ func (p *pair) serves(t *testing.T, i int) {
 	})
 }
 
-// roll restarts both instances, one after the other, under load. Ordinary requests are those that are not checks: the service answers them
-// 404, and a balancer that loses one says something else.
+// roll restarts both instances, one after the other, under load. Ordinary requests are
+// those that are not checks: the service answers them 404, and a balancer that loses one
+// says something else.
 func (p *pair) roll(t *testing.T, rounds int) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())

@@ -28,7 +28,7 @@ func TestCrowd(t *testing.T) {
 		clients int
 		join    func(ctx context.Context, addr string) (answers int)
 		steady  bool // every place is taken all the time: no more give way than have to
-		lossy   bool // probes may fail: a client that has to give way comes back at once, and takes another's place
+		lossy   bool // probes may fail: two cores can be too busy to hear a new one in its time, and it may have to give way
 	}{
 		{"5,000 that send one request and keep the connection", 5000, waits(request + "\r\n"), true, false},
 		{"5,000 with headers that never end", 5000, waits(request), false, false},
