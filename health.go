@@ -1,19 +1,16 @@
 package main
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/rs/cors"
@@ -25,45 +22,88 @@ const (
 	drainingBody = `{"status":"draining","message":"WhatsApp Contact Processor API is shutting down"}` + "\n"
 )
 
-// newRoutes answers /health with code and body, and anything else with 404 or 405.
-func newRoutes(code int, body string) http.Handler {
-	header := http.Header{ // made once, so that no request pays for it
+// routes holds each route once, with its method: here goes the next one. A method other than
+// GET and HEAD has to be one of allowOrigins too, or the pages of other origins cannot use it.
+func routes(draining func() bool) *http.ServeMux {
+	mux := http.NewServeMux()
+	mux.Handle("GET /health", health(draining)) // HEAD too
+	return mux
+}
+
+// newHandler wraps routes in what every request passes through, the outermost last. While
+// leave reports true, each answer is the last one on its connection.
+func newHandler(routes http.Handler, origins []string, leave func() bool) http.Handler {
+	h := allowOrigins(origins, routes)
+	h = limitBodies(h)
+	return closeWhile(leave, h)
+}
+
+// health says 200, or 503 while draining reports true.
+func health(draining func() bool) http.Handler {
+	healthy := jsonAnswer(http.StatusOK, healthyBody)
+	leaving := jsonAnswer(http.StatusServiceUnavailable, drainingBody)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if draining() {
+			leaving(w, r)
+			return
+		}
+		healthy(w, r)
+	})
+}
+
+// jsonAnswer returns a handler that always says the same. Its header is made once, so that no
+// request pays for it.
+func jsonAnswer(code int, body string) http.HandlerFunc {
+	header := http.Header{
 		"Content-Type":   {"application/json"},
 		"Content-Length": {strconv.Itoa(len(body))}, // of HEAD too: RFC 9110, section 9.3.2
 		"Cache-Control":  {"no-store"},              // an old answer is no check
 	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) { // HEAD too
+	return func(w http.ResponseWriter, _ *http.Request) {
 		maps.Copy(w.Header(), header)
 		w.WriteHeader(code)
-		io.WriteString(w, body) // net/http keeps it from HEAD; an error means that the client has gone
-	})
-	return mux
+		io.WriteString(w, body) // net/http keeps it from HEAD; an error: the client has gone
+	}
 }
 
-// newHandler answers probes, with 503 once draining is true, and lets the pages of
-// origins read every answer. Nobody logs in here: credentials are never allowed.
-func newHandler(draining *atomic.Bool, origins []string) http.Handler {
-	withCORS := cors.New(cors.Options{
+// allowOrigins lets the pages of origins read every answer. Nobody logs in here, so
+// credentials are never allowed.
+func allowOrigins(origins []string, next http.Handler) http.Handler {
+	return cors.New(cors.Options{
 		AllowedOrigins: origins,
 		AllowedMethods: []string{http.MethodGet, http.MethodHead},
 		AllowedHeaders: []string{"*"},
-		MaxAge:         600, // seconds: spares a polling page its preflights, yet a new allow list is seen soon
-	})
-	running := withCORS.Handler(newRoutes(http.StatusOK, healthyBody))
-	leaving := withCORS.Handler(newRoutes(http.StatusServiceUnavailable, drainingBody))
-	closing := []string{"close"}
+		// Seconds: a page that polls is spared its preflights, yet a new allow list is seen soon.
+		MaxAge: 600,
+	}).Handler(next)
+}
+
+// limitBodies closes the connection after a request with a body: one that comes in chunks and
+// has a length besides must (RFC 9112, section 6.1), and no check sends any. What the handler
+// has left unread of it holds up the end of the connection no longer than bodyTimeout.
+func limitBodies(next http.Handler) http.Handler {
+	const bodyTimeout = 100 * time.Millisecond // a client on its way has sent the rest by then
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.ContentLength != 0 { // chunked with a length must close: RFC 9112, section 6.1
-			w.Header()["Connection"] = closing
-			http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
-		}
-		if draining.Load() {
-			w.Header()["Connection"] = closing // no balancer can move a kept connection: its client must
-			leaving.ServeHTTP(w, r)
+		if r.ContentLength == 0 {
+			next.ServeHTTP(w, r)
 			return
 		}
-		running.ServeHTTP(w, r)
+		w.Header().Set("Connection", "close")
+		next.ServeHTTP(w, r)
+		// It cannot fail: only writers that are not net/http's own know no deadline.
+		http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
+	})
+}
+
+// closeWhile tells clients to leave with their answer while leave reports true: no balancer
+// can move a connection that its client keeps.
+func closeWhile(leave func() bool, next http.Handler) http.Handler {
+	header := []string{"close"}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if leave() {
+			w.Header()["Connection"] = header
+		}
+		next.ServeHTTP(w, r)
 	})
 }
 
@@ -82,36 +122,67 @@ func parseOrigins(list string) ([]string, error) {
 	return origins, nil
 }
 
-// checkOrigin refuses what no browser sends as an Origin (RFC 6454, with hosts and
-// ports as the WHATWG URL Standard writes them) and what would match too much.
+// checkOrigin refuses what no browser sends as an Origin (RFC 6454, with hosts and ports as
+// the WHATWG URL Standard writes them) and what would match too much.
 func checkOrigin(origin string) error {
 	origin = strings.ToLower(origin) // as the matching does
 	u, err := url.Parse(origin)
-	if err != nil || u.Hostname() == "" || slices.Contains([]string{"", "file", "ftp", "ws", "wss"}, u.Scheme) {
+	noPages := []string{"", "file", "ftp", "ws", "wss"} // their origins are null or none
+	if err != nil || u.Hostname() == "" || slices.Contains(noPages, u.Scheme) {
 		return errors.New("want the scheme://host[:port] of a page, or * alone for all")
 	}
-	host, port := u.Hostname(), strings.TrimLeft(u.Port(), "0")
-	if ip, err := netip.ParseAddr(host); err == nil && ip.Zone() == "" && !ip.Is4In6() {
-		host = ip.String()
-	} else if !isDomain(strings.TrimPrefix(host, "*.")) {
-		return errors.New("want a host of ASCII letters, digits, - and _ (others as punycode, xn--...) or a plain IP address, and * only as the whole first label")
+	host, err := originHost(u.Hostname())
+	if err != nil {
+		return err
 	}
-	if u.Scheme == "http" && port == "80" || u.Scheme == "https" && port == "443" {
-		port = "" // the default is left out
+	port, err := originPort(u.Scheme, u.Port())
+	if err != nil {
+		return err
 	}
-	sent := u.Scheme + "://" + strings.TrimSuffix(net.JoinHostPort(host, port), ":") // no port, no colon
-	if origin != sent {
+	if sent := u.Scheme + "://" + host + port; origin != sent {
 		return fmt.Errorf("want %s, as browsers send it", sent)
 	}
-	return checkPort(cmp.Or(port, "0"))
+	return nil
 }
 
-// isDomain reports whether browsers keep name as it is: they turn other letters into
-// punycode, and a name whose last label is a number into an IPv4 address.
+// originHost returns host as it stands in an origin: an IPv6 address is shortened and stands
+// in brackets.
+func originHost(host string) (string, error) {
+	ip, err := netip.ParseAddr(host)
+	switch {
+	case err == nil && ip.Is4():
+		return host, nil
+	case err == nil && ip.Zone() == "" && !ip.Is4In6():
+		return "[" + ip.String() + "]", nil
+	case isDomain(strings.TrimPrefix(host, "*.")):
+		return host, nil
+	}
+	return "", errors.New("want a host of ASCII letters, digits, - and _ (others as punycode, xn--...) or a plain IP address, and * only as the whole first label")
+}
+
+// originPort returns port as it stands in an origin, behind a colon: the default of the
+// scheme is left out, and so are leading zeros.
+func originPort(scheme, port string) (string, error) {
+	n, err := strconv.ParseUint(port, 10, 16)
+	switch {
+	case port == "", scheme == "http" && n == 80, scheme == "https" && n == 443:
+		return "", nil
+	case err != nil, n == 0:
+		return "", errors.New("want a port number from 1 to 65535, or none for the scheme's own")
+	}
+	return fmt.Sprintf(":%d", n), nil
+}
+
+// isDomain reports whether browsers keep the lower-case name as it is: they turn other letters
+// into punycode, and a name whose last label is a number into an IPv4 address.
 func isDomain(name string) bool {
-	name = strings.TrimSuffix(name, ".")
-	last := name[strings.LastIndexByte(name, '.')+1:]
+	labels := strings.Split(strings.TrimSuffix(name, "."), ".")
+	for _, label := range labels {
+		if label == "" || strings.Trim(label, "-_0123456789abcdefghijklmnopqrstuvwxyz") != "" {
+			return false
+		}
+	}
+	last := labels[len(labels)-1]
 	isNumber := strings.Trim(last, "0123456789") == "" || strings.HasPrefix(last, "0x")
-	isForeign := strings.Trim(name, ".-_0123456789abcdefghijklmnopqrstuvwxyz") != ""
-	return !isNumber && !isForeign && !strings.Contains("."+name+".", "..") // no label is empty
+	return !isNumber
 }

@@ -50,7 +50,7 @@ func handler(tb testing.TB, list string, drain bool) http.Handler {
 	}
 	var draining atomic.Bool
 	draining.Store(drain)
-	return newHandler(&draining, origins)
+	return newHandler(routes(draining.Load), origins, draining.Load)
 }
 
 func TestAnswers(t *testing.T) {

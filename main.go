@@ -4,6 +4,7 @@ package main
 import (
 	"cmp"
 	"container/list"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -23,43 +24,41 @@ import (
 )
 
 const (
-	readTimeout    = 5 * time.Second        // for a client that drips its headers
-	writeTimeout   = 10 * time.Second       // for a client that does not read
-	idleTimeout    = 120 * time.Second      // over the 60 s of load balancers, so that they close first
-	maxHeaderBytes = 16 << 10               // room for tokens and cookies; net/http adds 4 KiB
-	probeTimeout   = 2 * time.Second        // under the 3 s of the image's HEALTHCHECK
-	bodyTimeout    = 100 * time.Millisecond // for a body once the answer is out: nobody reads it, and it holds a place
-	lastCall       = 50 * time.Millisecond  // for what is on its way when the listener or an idle connection closes
-	perRequest     = 200 * time.Microsecond // more than one takes on a quarter of a core: n that come at once are heard within n times this
+	program = "whatsapp-contact-processor"
+
+	exitFailure = 1 // of what went wrong at run time
+	exitUsage   = 2 // a wrong flag or variable, which no restart mends
 )
 
 func main() { os.Exit(run(os.Args[1:], os.Getenv, os.Stdout, os.Stderr)) }
 
-// run returns the exit code: 1 for what went wrong at run time, 2 for wrong usage.
+// run is the whole program: it returns the exit code, and nothing else ends the process.
 func run(args []string, getenv func(string) string, stdout, stderr io.Writer) int {
-	code := 1
 	c, err := parse(args, getenv, stdout)
-	switch {
-	case errors.Is(err, flag.ErrHelp):
+	if errors.Is(err, flag.ErrHelp) {
 		return 0
-	case err != nil:
-		code, err = 2, fmt.Errorf("%w; -h lists the flags", err)
-	case c.probe:
-		err = probe(healthURL(net.JoinHostPort(c.host, c.port)), stdout)
-	default:
-		signal.Ignore(syscall.SIGPIPE)     // or a log whose reader has gone would end the process
-		signals := make(chan os.Signal, 2) // room for the second, so that it is not lost
-		signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-		defer signal.Stop(signals)
-		err = serve(c, signals, slog.New(slog.NewTextHandler(stderr, nil)))
 	}
 	if err != nil {
-		fmt.Fprintf(stderr, "whatsapp-contact-processor: %s\n", strings.ReplaceAll(err.Error(), "\n", " "))
-		return code
+		return fail(stderr, exitUsage, fmt.Errorf("%w; -h lists the flags", err))
+	}
+	if c.probe {
+		err = probe(healthURL(net.JoinHostPort(c.host, c.port)), stdout)
+	} else {
+		err = serveUntilSignal(c, slog.New(slog.NewTextHandler(stderr, nil)))
+	}
+	if err != nil {
+		return fail(stderr, exitFailure, err)
 	}
 	return 0
 }
 
+// fail says err in one line and returns code.
+func fail(stderr io.Writer, code int, err error) int {
+	fmt.Fprintf(stderr, "%s: %s\n", program, strings.ReplaceAll(err.Error(), "\n", " "))
+	return code
+}
+
+// config is what flags and variables say.
 type config struct {
 	host, port                  string
 	maxConnections              int
@@ -68,65 +67,95 @@ type config struct {
 	probe                       bool
 }
 
-// parse takes each value from its flag, else from its variable if that is not empty,
-// else its default. Errors name the flag or the variable; help goes to stdout.
-func parse(args []string, getenv func(string) string, stdout io.Writer) (c config, err error) {
-	flags := flag.NewFlagSet("whatsapp-contact-processor", flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // an error is one line, without the help
-	variable := func(name string) string { return strings.ToUpper(strings.ReplaceAll(name, "-", "_")) }
-	define := func(name, value, usage string, set func(string) error) {
-		flags.Func(name, usage+" ["+variable(name)+"]", set)
-		flags.Lookup(name).DefValue = value
+// setting is a flag that has a variable too.
+type setting struct {
+	name, value, usage string
+	set                func(string) error
+}
+
+// variable is the name of the flag in upper case, with _ for -.
+func (s setting) variable() string {
+	return strings.ToUpper(strings.ReplaceAll(s.name, "-", "_"))
+}
+
+// settings returns what c can be told, with the default values.
+func settings(c *config) []setting {
+	return []setting{
+		{"host", "", "`address` to listen on; empty for all interfaces, IPv4 and IPv6",
+			func(s string) error { c.host = strings.Trim(s, "[]"); return nil }}, // as [::1] stands in a URL
+		{"port", "5034", "TCP `port`, 0 to 65535; 0 picks a free one",
+			func(s string) (err error) { c.port, err = parsePort(s); return err }},
+		{"max-connections", "1000", "most `connections` at once, 1 or more; for a new one the longest waiting gives way",
+			func(s string) (err error) { c.maxConnections, err = parseLimit(s); return err }},
+		{"allowed-origins", "*", "comma-separated `origins` whose pages may read the answers, as scheme://host[:port];\n* alone for all, https://*.corp.example for every name under one",
+			func(s string) (err error) { c.origins, err = parseOrigins(s); return err }},
+		{"drain-delay", "0s", "`duration` of 503 on /health after SIGTERM or SIGINT, before the listener closes",
+			func(s string) (err error) { c.drainDelay, err = parseDuration(s); return err }},
+		{"shutdown-timeout", "10s", "longest `duration` of the wait for open requests once the listener has closed",
+			func(s string) (err error) { c.shutdownTimeout, err = parseDuration(s); return err }},
 	}
-	define("host", "", "`address` to listen on; empty for all interfaces, IPv4 and IPv6",
-		func(s string) error { c.host = strings.Trim(s, "[]"); return nil }) // as [::1] stands in a URL
-	define("port", "5034", "TCP `port`, 0 to 65535; 0 picks a free one",
-		func(s string) error { c.port = s; return checkPort(s) })
-	define("max-connections", "1000", "most `connections` at once, 1 or more; for a new one the longest waiting gives way",
-		func(s string) (err error) {
-			if c.maxConnections, err = strconv.Atoi(s); err != nil || c.maxConnections < 1 {
-				err = errors.New("want an integer of 1 or more")
-			}
-			return err
-		})
-	define("allowed-origins", "*", "comma-separated `origins` whose pages may read the answers, as scheme://host[:port];\n* alone for all, https://*.corp.example for every name under one",
-		func(s string) (err error) { c.origins, err = parseOrigins(s); return err })
-	define("drain-delay", "0s", "`duration` of 503 on /health after SIGTERM or SIGINT, before the listener closes",
-		func(s string) (err error) { c.drainDelay, err = parseDuration(s); return err })
-	define("shutdown-timeout", "10s", "longest `duration` of the wait for open requests once the listener has closed",
-		func(s string) (err error) { c.shutdownTimeout, err = parseDuration(s); return err })
+}
+
+// parse takes each setting from its flag, else from its variable if that is not empty, else
+// its default. Errors name the flag or the variable; help goes to stdout, with flag.ErrHelp.
+func parse(args []string, getenv func(string) string, stdout io.Writer) (config, error) {
+	var c config
+	given := map[string]bool{} // by a flag: its variable does not count, not even a wrong one
+	flags := flag.NewFlagSet(program, flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // an error is one line, without the help
 	flags.BoolVar(&c.probe, "probe", false, "ask the service at this host and port, say what it answered, exit 0 or 1")
-	if err = flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+	for _, s := range settings(&c) {
+		usage := s.usage + " [" + s.variable() + "]"
+		if s.value != "" {
+			usage += " (default " + s.value + ")"
+		}
+		flags.Func(s.name, usage, func(value string) error {
+			given[s.name] = true
+			return s.set(value)
+		})
+	}
+	err := flags.Parse(args)
+	if errors.Is(err, flag.ErrHelp) {
 		flags.SetOutput(stdout)
 		flags.Usage()
 	}
-	if err == nil && flags.NArg() > 0 {
-		err = fmt.Errorf("unexpected argument %q, want only flags", flags.Arg(0))
+	if err != nil {
+		return c, err
 	}
-	given := map[string]bool{"probe": true} // it has no variable
-	flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	flags.VisitAll(func(f *flag.Flag) {
-		if err != nil || given[f.Name] {
-			return
+	if flags.NArg() > 0 {
+		return c, fmt.Errorf("unexpected argument %q, want only flags", flags.Arg(0))
+	}
+	for _, s := range settings(&c) {
+		if given[s.name] {
+			continue
 		}
-		value := cmp.Or(getenv(variable(f.Name)), f.DefValue)
-		if err = f.Value.Set(value); err != nil {
-			err = fmt.Errorf("invalid value %q for variable %s: %w", value, variable(f.Name), err)
+		value := cmp.Or(getenv(s.variable()), s.value)
+		if err := s.set(value); err != nil {
+			return c, fmt.Errorf("invalid value %q for variable %s: %w", value, s.variable(), err)
 		}
-	})
-	return c, err
+	}
+	return c, nil
 }
 
-func checkPort(s string) error {
+func parsePort(s string) (string, error) {
 	if _, err := strconv.ParseUint(s, 10, 16); err != nil {
-		return errors.New("want a port number from 0 to 65535")
+		return "", errors.New("want a port number from 0 to 65535")
 	}
-	return nil
+	return s, nil
 }
 
+func parseLimit(s string) (int, error) {
+	n, err := strconv.Atoi(s)
+	if err != nil || n < 1 {
+		return 0, errors.New("want an integer of 1 or more")
+	}
+	return n, nil
+}
+
+// parseDuration wants a unit of 0 too: what has one ends in a letter.
 func parseDuration(s string) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
-	if err != nil || d < 0 || strings.HasSuffix(s, "0") { // it takes a 0 without its unit
+	if err != nil || d < 0 || strings.HasSuffix(s, "0") {
 		return 0, errors.New("want a duration of 0s or more with its unit, as 500ms or 1m30s")
 	}
 	return d, nil
@@ -138,14 +167,18 @@ func healthURL(addr string) string {
 	if host == "" || net.ParseIP(host).IsUnspecified() {
 		host = "127.0.0.1"
 	}
-	return (&url.URL{Scheme: "http", Host: net.JoinHostPort(host, port), Path: "/health"}).String()
+	u := url.URL{Scheme: "http", Host: net.JoinHostPort(host, port), Path: "/health"}
+	return u.String()
 }
 
-// probe asks url once and fails unless the answer is 200. It uses no proxy: a company
-// network sets HTTP_PROXY in every container, and its proxy cannot reach this one.
+// probe asks url once and fails unless the answer is 200. It uses no proxy: a company network
+// sets HTTP_PROXY in every container, and its proxy cannot reach this one.
 func probe(url string, stdout io.Writer) error {
-	client := http.Client{Timeout: probeTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
-	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	client := http.Client{
+		Transport:     &http.Transport{DisableKeepAlives: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Timeout:       2 * time.Second, // under the 3 s of the image's HEALTHCHECK
+	}
 	resp, err := client.Get(url)
 	if err != nil {
 		return err
@@ -153,131 +186,300 @@ func probe(url string, stdout io.Writer) error {
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, 512)) // bytes, enough to see who answers
 	said := fmt.Sprintf("%s answered %s: %s", url, resp.Status, strings.Join(strings.Fields(string(body)), " "))
-	if err != nil || resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s: %w", said, cmp.Or(err, errors.New("want 200 OK")))
+	if err != nil {
+		return fmt.Errorf("%s: %w", said, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s: want 200 OK", said)
 	}
 	fmt.Fprintln(stdout, said)
 	return nil
 }
 
-// service is the process from listen to exit, and all that it knows of its connections.
-type service struct {
-	config
-	log      *slog.Logger
-	draining atomic.Bool
-	mu       sync.Mutex                 // guards what follows
-	changed  sync.Cond                  // tells of each change to it
-	open     int                        // connections, the one that waits to get in among them
-	waiting  list.List                  // for the first or next request: of net.Conn, the longest waiting first
-	places   map[net.Conn]*list.Element // in waiting
-	hearBy   map[net.Conn]time.Time     // of those that wait for the first: until when it may be on its way
-	quiet    time.Time                  // until when the log is told no more of the limit
+// serveUntilSignal serves until the first signal and then drains; a second one ends that.
+func serveUntilSignal(c config, log *slog.Logger) error {
+	signal.Ignore(syscall.SIGPIPE)     // or a log whose reader has gone would end the process
+	signals := make(chan os.Signal, 2) // room for the second, so that it is not lost
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(signals)
+	return serve(c, signals, log)
 }
 
-// serve answers until the first signal, then drains; a second signal ends that.
+// serve listens, answers until the first signal, and drains until the second.
 func serve(c config, signals <-chan os.Signal, log *slog.Logger) error {
 	ln, err := net.Listen("tcp", net.JoinHostPort(c.host, c.port))
 	if err != nil {
 		return fmt.Errorf("%w; want another -port (PORT) or -host (HOST)", err)
 	}
-	s := &service{config: c, log: log, places: map[net.Conn]*list.Element{}, hearBy: map[net.Conn]time.Time{}}
-	s.changed.L = &s.mu
-	srv := &http.Server{
-		Handler:                      newHandler(&s.draining, c.origins),
-		ReadTimeout:                  readTimeout,
-		WriteTimeout:                 writeTimeout,
-		IdleTimeout:                  idleTimeout,
-		MaxHeaderBytes:               maxHeaderBytes,
-		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		ConnState:                    s.track,
-		DisableGeneralOptionsHandler: true, // it says 200 to OPTIONS *, draining or not
-	}
-	served, drained := make(chan error, 1), make(chan error, 2)
-	go func() { served <- srv.Serve(ln) }()
+	// More than a request takes on a quarter of a core: that many new ones are heard in time.
+	const perRequest = 200 * time.Microsecond
+	limited := newListener(ln, c.maxConnections, perRequest*time.Duration(c.maxConnections), log)
+	var draining atomic.Bool
+	srv := newServer(newHandler(routes(draining.Load), c.origins, draining.Load), log)
+	srv.ConnState = limited.connState
+	served := make(chan struct{})
+	go func() {
+		srv.Serve(limited) // until the listener is closed
+		close(served)
+	}()
 	log.Info("listening", "addr", ln.Addr(), "url", healthURL(ln.Addr().String()))
-	select {
-	case err := <-served:
-		return err
-	case sig := <-signals:
-		go s.drain(sig, ln, served, drained)
-	}
-	select {
-	case err := <-drained:
-		return err
-	case sig := <-signals:
-		return fmt.Errorf("second signal: %v", sig)
-	}
-}
 
-// drain lets every client leave with its answer. Server.Shutdown is no help: it drops each
-// request whose headers it has not read yet.
-func (s *service) drain(sig os.Signal, ln net.Listener, served <-chan error, drained chan<- error) {
-	s.draining.Store(true) // balancers see /health fail and look elsewhere; each answer ends its connection
-	s.log.Info("draining", "signal", sig, "delay", s.drainDelay)
-	time.Sleep(max(s.drainDelay, lastCall))
-	ln.Close()
-	time.Sleep(lastCall)
-	time.AfterFunc(max(s.shutdownTimeout, lastCall), func() { drained <- errors.New("requests still open after -shutdown-timeout (SHUTDOWN_TIMEOUT)") })
-	<-served // the last connection has got in
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for s.open > 0 {
-		for c := range s.places {
-			if s.hearBy[c].IsZero() { // it is between two requests
-				c.Close()
-				delete(s.places, c)
-			}
+	first := <-signals
+	draining.Store(true) // balancers see /health fail and look elsewhere
+	log.Info("draining", "signal", first, "delay", c.drainDelay)
+	ctx, end := context.WithCancelCause(context.Background())
+	defer end(nil)
+	go func() {
+		select {
+		case second := <-signals:
+			end(fmt.Errorf("second signal: %v", second))
+		case <-ctx.Done():
 		}
-		s.changed.Wait()
+	}()
+	if err := drain(ctx, c, limited, served); err != nil {
+		return err
 	}
-	s.log.Info("stopped")
-	drained <- nil
+	log.Info("stopped")
+	return nil
 }
 
-// track is told by net/http of each state that a connection enters.
-func (s *service) track(c net.Conn, state http.ConnState) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if place := s.places[c]; place != nil {
-		s.waiting.Remove(place)
-		delete(s.places, c)
+// newServer returns a server with limits on its clients' time and memory.
+func newServer(h http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:        h,
+		ReadTimeout:    5 * time.Second,   // for a client that drips its request, body included
+		WriteTimeout:   10 * time.Second,  // for a client that does not read its answer
+		IdleTimeout:    120 * time.Second, // over the 60 s of load balancers, so that they close first
+		MaxHeaderBytes: 16 << 10,          // room for tokens and cookies; net/http adds 4 KiB
+		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		// It says 200 to OPTIONS *, draining or not.
+		DisableGeneralOptionsHandler: true,
 	}
-	delete(s.hearBy, c)
+}
+
+// drain lets every client leave with its answer, and returns the cause of ctx's end if that
+// comes first. Server.Shutdown is no help: it drops each request whose headers it has not yet
+// read.
+func drain(ctx context.Context, c config, ln *listener, served <-chan struct{}) error {
+	const lastCall = 50 * time.Millisecond // for what is on its way to a listener or a connection
+	if err := sleep(ctx, max(c.drainDelay, lastCall)); err != nil {
+		return err
+	}
+	ln.Close()
+	timeout := errors.New("requests still open after -shutdown-timeout (SHUTDOWN_TIMEOUT)")
+	ctx, cancel := context.WithTimeoutCause(ctx, lastCall+max(c.shutdownTimeout, lastCall), timeout)
+	defer cancel()
+	select {
+	case <-served: // the last connection has got in
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if err := sleep(ctx, lastCall); err != nil {
+		return err
+	}
+	ln.closeIdle()
+	return ln.wait(ctx)
+}
+
+// sleep returns after d, or with the cause of ctx's end if that comes first.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// listener bounds the number of connections that are open at a time. When the limit is
+// reached, a new one takes the place of the one that has waited longest for its request.
+type listener struct {
+	net.Listener
+	limit int           // connections with a place
+	grace time.Duration // for the first request of a connection, before it can be the next to go
+	log   *slog.Logger
+	quiet time.Time     // until when the log is told no more of the limit
+	freed chan struct{} // has room for one: a place has become free
+
+	mu      sync.Mutex // guards what follows, and the conns
+	conns   list.List  // with a place, the one longest in its phase first
+	closing bool       // of those that are idle: see closeIdle
+}
+
+// conn is a connection with all that its listener knows of it.
+type conn struct {
+	*net.TCPConn
+	ln    *listener
+	place *list.Element // in ln.conns, from the end of Accept to Close
+	phase phase
+	since time.Time // it is in that phase
+}
+
+// phase is what a connection does.
+type phase int
+
+const (
+	fresh   phase = iota // waits for its first request
+	idle                 // waits for the next one
+	active               // is being answered
+	leaving              // had to give way
+)
+
+func newListener(ln net.Listener, limit int, grace time.Duration, log *slog.Logger) *listener {
+	return &listener{Listener: ln, limit: limit, grace: grace, log: log, freed: make(chan struct{}, 1)}
+}
+
+// Accept returns the next connection once it has a place. Meanwhile it is one more than the
+// limit.
+func (ln *listener) Accept() (net.Conn, error) {
+	tcp, err := ln.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{TCPConn: tcp.(*net.TCPConn), ln: ln}
+	for !ln.seat(c) {
+		ln.warn()
+		ln.await(ln.makeRoom())
+	}
+	return c, nil
+}
+
+// seat gives c a place if there is one.
+func (ln *listener) seat(c *conn) bool {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	if ln.conns.Len() >= ln.limit {
+		return false
+	}
+	c.place = ln.conns.PushBack(c)
+	c.since = time.Now()
+	return true
+}
+
+// warn tells the log once a minute that the limit is reached.
+func (ln *listener) warn() {
+	if now := time.Now(); now.After(ln.quiet) {
+		ln.quiet = now.Add(time.Minute)
+		// Apart: a log that is read slowly keeps no connection waiting.
+		go ln.log.Warn("connection limit reached, the longest waiting give way", "max-connections", ln.limit)
+	}
+}
+
+// await returns when a place has become free, or after d.
+func (ln *listener) await(d time.Duration) {
+	select {
+	case <-ln.freed:
+	case <-time.After(d):
+	}
+}
+
+// makeRoom closes the connection whose turn it is to give way. It returns how long it may take
+// until that has gone, or until it may be somebody's turn.
+func (ln *listener) makeRoom() time.Duration {
+	c, wait := ln.next()
+	if c != nil {
+		c.TCPConn.Close() // waits for its reader, so without the lock
+	}
+	return wait
+}
+
+// next returns the connection that has waited longest for its request. A new one gives way
+// only after its grace: its request may be on its way.
+func (ln *listener) next() (*conn, time.Duration) {
+	ln.mu.Lock()
+	defer ln.mu.Unlock()
+	for place := ln.conns.Front(); place != nil; place = place.Next() {
+		c := place.Value.(*conn)
+		if c.phase != fresh && c.phase != idle {
+			continue
+		}
+		if wait := ln.grace - time.Since(c.since); c.phase == fresh && wait > 0 {
+			return nil, wait
+		}
+		c.phase = leaving
+		return c, ln.grace
+	}
+	return nil, time.Millisecond // all are being answered
+}
+
+// connState is the listener's http.Server.ConnState.
+func (ln *listener) connState(c net.Conn, state http.ConnState) {
 	switch state {
-	case http.StateNew: // Serve accepts nothing until this returns
-		s.open++
-		s.makeRoom()
-		s.places[c] = s.waiting.PushBack(c)
-		s.hearBy[c] = time.Now().Add(time.Duration(s.maxConnections) * perRequest)
+	case http.StateActive:
+		c.(*conn).enter(active)
 	case http.StateIdle:
-		s.places[c] = s.waiting.PushBack(c)
-	case http.StateClosed:
-		s.open--
+		c.(*conn).enter(idle)
+	case http.StateHijacked: // the server has let go of it, and so does the listener
+		c.(*conn).leave()
 	}
-	s.changed.Broadcast()
 }
 
-// makeRoom lets the longest waiting connection give way to a new one, unless all are being
-// answered or that one is so new itself that its request may be on its way: then it waits.
-// It returns when one has closed, so that not even a crowd exceeds the limit.
-func (s *service) makeRoom() {
-	if now := time.Now(); s.open > s.maxConnections && now.After(s.quiet) {
-		s.quiet = now.Add(time.Minute)
-		go s.log.Warn("connection limit reached, the longest waiting give way", "max-connections", s.maxConnections) // apart: a slow reader must not hold the lock
+// enter notes what c does from now on.
+func (c *conn) enter(p phase) {
+	c.ln.mu.Lock()
+	defer c.ln.mu.Unlock()
+	if c.place == nil || c.phase == leaving {
+		return
 	}
-	gaveWay := false
-	for s.open > s.maxConnections {
-		longest := s.waiting.Front()
-		switch {
-		case longest == nil || gaveWay:
-			s.changed.Wait()
-		case time.Now().Before(s.hearBy[longest.Value.(net.Conn)]):
-			s.mu.Unlock()
-			time.Sleep(time.Millisecond)
-			s.mu.Lock()
-		default:
-			s.waiting.Remove(longest).(net.Conn).Close()
-			gaveWay = true
+	c.phase, c.since = p, time.Now()
+	c.ln.conns.MoveToBack(c.place)
+	if p == idle && c.ln.closing {
+		c.TCPConn.Close()
+	}
+}
+
+// leave gives the place of c to another.
+func (c *conn) leave() {
+	c.ln.mu.Lock()
+	defer c.ln.mu.Unlock()
+	if c.place == nil {
+		return
+	}
+	c.ln.conns.Remove(c.place)
+	c.place = nil
+	select {
+	case c.ln.freed <- struct{}{}:
+	default: // nobody has seen the last one yet, and will see both
+	}
+}
+
+// Close is called by whom the connection belongs to: a place is free when its owner is done
+// with it, and not when it was told to give way.
+func (c *conn) Close() error {
+	err := c.TCPConn.Close()
+	c.leave()
+	return err
+}
+
+// closeIdle closes the connections that are between two requests, now and from now on.
+func (ln *listener) closeIdle() {
+	ln.mu.Lock()
+	ln.closing = true
+	var leave []*conn
+	for place := ln.conns.Front(); place != nil; place = place.Next() {
+		if c := place.Value.(*conn); c.phase == idle {
+			leave = append(leave, c)
+		}
+	}
+	ln.mu.Unlock()
+	for _, c := range leave {
+		c.TCPConn.Close() // waits for its reader, who may want the lock
+	}
+}
+
+// wait returns when all connections have gone, or with the cause of ctx's end.
+func (ln *listener) wait(ctx context.Context) error {
+	for {
+		ln.mu.Lock()
+		open := ln.conns.Len()
+		ln.mu.Unlock()
+		if open == 0 {
+			return nil
+		}
+		select {
+		case <-ln.freed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
 		}
 	}
 }
