@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,18 +23,19 @@ const (
 	drainingBody = `{"status":"draining","message":"WhatsApp Contact Processor API is shutting down"}` + "\n"
 )
 
-// routes holds each route once, with its method: here goes the next one. A method other than
-// GET and HEAD has to be one of allowOrigins too, or the pages of other origins cannot use it.
+// routes holds each route once, with its method. The next one goes here; for another method than
+// GET and HEAD, allowOrigins has to know that too.
 func routes(draining func() bool) *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.Handle("GET /health", health(draining)) // HEAD too
 	return mux
 }
 
-// newHandler wraps routes in what every request passes through, the outermost last. While
-// leave reports true, each answer is the last one on its connection.
+// newHandler passes every request through the rules that hold for all routes, from the last to
+// the first. While leave reports true, an answer is the last one on its connection.
 func newHandler(routes http.Handler, origins []string, leave func() bool) http.Handler {
-	h := allowOrigins(origins, routes)
+	h := refuseUnclean(routes)
+	h = allowOrigins(origins, h)
 	h = limitBodies(h)
 	return closeWhile(leave, h)
 }
@@ -66,23 +68,37 @@ func jsonAnswer(code int, body string) http.HandlerFunc {
 	}
 }
 
-// allowOrigins lets the pages of origins read every answer. Nobody logs in here, so
-// credentials are never allowed.
+// refuseUnclean says 404 where ServeMux would redirect to the path without its double slashes
+// and dots: many a check takes a 3xx for good, draining or not.
+func refuseUnclean(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		escaped := r.URL.EscapedPath()
+		clean := path.Clean(escaped)
+		if escaped == clean || escaped == clean+"/" && clean != "/" {
+			next.ServeHTTP(w, r)
+			return
+		}
+		http.NotFound(w, r)
+	})
+}
+
+// allowOrigins lets the pages of origins read the answers. Nobody logs in here, so credentials
+// are never allowed. Methods that are not allowed get no CORS headers from rs/cors, so a page
+// does not see its 405. Private Network Access asks for nothing: Chrome gave it up.
 func allowOrigins(origins []string, next http.Handler) http.Handler {
 	return cors.New(cors.Options{
 		AllowedOrigins: origins,
 		AllowedMethods: []string{http.MethodGet, http.MethodHead},
 		AllowedHeaders: []string{"*"},
-		// Seconds: a page that polls is spared its preflights, yet a new allow list is seen soon.
-		MaxAge: 600,
+		MaxAge:         600, // seconds: a polling page is spared preflights, a new list is seen soon
 	}).Handler(next)
 }
 
-// limitBodies closes the connection after a request with a body: one that comes in chunks and
-// has a length besides must (RFC 9112, section 6.1), and no check sends any. What the handler
-// has left unread of it holds up the end of the connection no longer than bodyTimeout.
+// limitBodies closes the connection after a request with a body: RFC 9112, section 6.1, wants
+// that of one in chunks that has a length too, and no check sends any. What its handler leaves
+// unread holds the connection for bodyTimeout, from the end of the handler on.
 func limitBodies(next http.Handler) http.Handler {
-	const bodyTimeout = 100 * time.Millisecond // a client on its way has sent the rest by then
+	const bodyTimeout = 100 * time.Millisecond // what is on its way arrives, more is not worth it
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ContentLength == 0 {
 			next.ServeHTTP(w, r)
@@ -90,12 +106,11 @@ func limitBodies(next http.Handler) http.Handler {
 		}
 		w.Header().Set("Connection", "close")
 		next.ServeHTTP(w, r)
-		// It cannot fail: only writers that are not net/http's own know no deadline.
 		http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
 	})
 }
 
-// closeWhile tells clients to leave with their answer while leave reports true: no balancer
+// closeWhile tells each client to leave with its answer while leave reports true. Nobody else
 // can move a connection that its client keeps.
 func closeWhile(leave func() bool, next http.Handler) http.Handler {
 	header := []string{"close"}

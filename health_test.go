@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -16,8 +17,10 @@ import (
 	"os/exec"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -30,65 +33,67 @@ const (
 	wantDraining = `{"status":"draining","message":"WhatsApp Contact Processor API is shutting down"}` + "\n"
 )
 
+// get is a request without its last line end.
+const get = "GET /health HTTP/1.1\r\nHost: a.example\r\n"
+
 // patience bounds every wait for something that takes milliseconds.
 const patience = 10 * time.Second
 
-// TestMain lets the test binary be the program: see start.
+// TestMain lets the test binary be the program: see start. Where TEST_DNS is set, no DNS server
+// answers it.
 func TestMain(m *testing.M) {
+	if os.Getenv("TEST_DNS") != "" {
+		silent := func(ctx context.Context, _, _ string) (net.Conn, error) {
+			fmt.Fprintln(os.Stderr, "asking DNS")
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: silent}
+	}
 	if os.Getenv("TEST_BE_THE_PROGRAM") != "" {
 		main()
 	}
 	os.Exit(m.Run())
 }
 
-// handler returns the handler for an allow list, in one of its two states.
-func handler(tb testing.TB, list string, drain bool) http.Handler {
-	tb.Helper()
-	origins, err := parseOrigins(list)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	var draining atomic.Bool
-	draining.Store(drain)
-	return newHandler(routes(draining.Load), origins, draining.Load)
-}
+// Requests in, answers out.
 
 func TestAnswers(t *testing.T) {
 	t.Parallel()
-	healthy, draining := httptest.NewServer(handler(t, "*", false)), httptest.NewServer(handler(t, "*", true))
-	t.Cleanup(healthy.Close)
-	t.Cleanup(draining.Close)
 	for _, tt := range []struct {
-		name         string
-		server       *httptest.Server
-		method       string
-		target       string
-		accept, body string // of the request
-		wantCode     int
-		wantBody     string // only compared for answers of our own
+		name, method, target string
+		accept, body         string // of the request
+		draining             bool
+		wantCode             int
+		wantBody             string // only compared for answers of our own
 	}{
-		{"GET", healthy, "GET", "/health", "", "", 200, wantHealthy},
-		{"HEAD", healthy, "HEAD", "/health", "", "", 200, ""},
-		{"query", healthy, "GET", "/health?verbose=1;x&%zz", "", "", 200, wantHealthy},
-		{"body", healthy, "GET", "/health", "", `{"a":1}`, 200, wantHealthy},
-		{"Accept XML", healthy, "GET", "/health", "application/xml", "", 200, wantHealthy},
-		{"Accept nothing", healthy, "GET", "/health", "*/*;q=0", "", 200, wantHealthy},
-		{"POST", healthy, "POST", "/health", "", "", 405, ""},
-		{"POST with a body", healthy, "POST", "/health", "", "x", 405, ""},
-		{"TRACE", healthy, "TRACE", "/health", "", "", 405, ""},
-		{"OPTIONS, no preflight", healthy, "OPTIONS", "/health", "", "", 405, ""},
-		{"unknown method", healthy, "BREW", "/health", "", "", 405, ""},
-		{"root", healthy, "GET", "/", "", "", 404, ""},
-		{"trailing slash", healthy, "GET", "/health/", "", "", 404, ""},
-		{"healthz", healthy, "GET", "/healthz", "", "", 404, ""},
-		{"upper case", healthy, "GET", "/HEALTH", "", "", 404, ""},
-		{"POST elsewhere", healthy, "POST", "/", "", "", 404, ""},
-		{"GET draining", draining, "GET", "/health", "", "", 503, wantDraining},
-		{"HEAD draining", draining, "HEAD", "/health", "", "", 503, ""},
+		{name: "GET", method: "GET", target: "/health", wantCode: 200, wantBody: wantHealthy},
+		{name: "HEAD", method: "HEAD", target: "/health", wantCode: 200},
+		{name: "query", method: "GET", target: "/health?verbose=1;x&%zz", wantCode: 200, wantBody: wantHealthy},
+		{name: "escaped", method: "GET", target: "/%68ealth", wantCode: 200, wantBody: wantHealthy},
+		{name: "body", method: "GET", target: "/health", body: `{"a":1}`, wantCode: 200, wantBody: wantHealthy},
+		{name: "Accept XML", method: "GET", target: "/health", accept: "application/xml", wantCode: 200, wantBody: wantHealthy},
+		{name: "Accept nothing", method: "GET", target: "/health", accept: "*/*;q=0", wantCode: 200, wantBody: wantHealthy},
+		{name: "POST", method: "POST", target: "/health", wantCode: 405},
+		{name: "POST with a body", method: "POST", target: "/health", body: "x", wantCode: 405},
+		{name: "TRACE", method: "TRACE", target: "/health", wantCode: 405},
+		{name: "OPTIONS, no preflight", method: "OPTIONS", target: "/health", wantCode: 405},
+		{name: "unknown method", method: "BREW", target: "/health", wantCode: 405},
+		{name: "root", method: "GET", target: "/", wantCode: 404},
+		{name: "trailing slash", method: "GET", target: "/health/", wantCode: 404},
+		{name: "healthz", method: "GET", target: "/healthz", wantCode: 404},
+		{name: "upper case", method: "GET", target: "/HEALTH", wantCode: 404},
+		{name: "POST elsewhere", method: "POST", target: "/", wantCode: 404},
+		{name: "GET draining", method: "GET", target: "/health", draining: true, wantCode: 503, wantBody: wantDraining},
+		{name: "HEAD draining", method: "HEAD", target: "/health", draining: true, wantCode: 503},
+		{name: "POST draining", method: "POST", target: "/health", draining: true, wantCode: 405},
+		{name: "elsewhere draining", method: "GET", target: "/", draining: true, wantCode: 404},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			req, err := http.NewRequest(tt.method, tt.server.URL+tt.target, strings.NewReader(tt.body))
+			server := httptest.NewServer(handler(t, "*", tt.draining))
+			t.Cleanup(server.Close)
+			req, err := http.NewRequest(tt.method, server.URL+tt.target, strings.NewReader(tt.body))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -97,7 +102,7 @@ func TestAnswers(t *testing.T) {
 			if resp.StatusCode != tt.wantCode {
 				t.Errorf("code: got %d, want %d", resp.StatusCode, tt.wantCode)
 			}
-			if want := tt.server == draining || tt.body != ""; resp.Close != want {
+			if want := tt.draining || tt.body != ""; resp.Close != want {
 				t.Errorf("Connection: close: got %t, want %t", resp.Close, want)
 			}
 			want := map[string]string{"Vary": "Origin"}
@@ -116,10 +121,35 @@ func TestAnswers(t *testing.T) {
 					t.Errorf("%s: got %q, want %q", key, got, want)
 				}
 			}
-			if tt.wantCode == 503 && strings.Contains(strings.ToLower(body), "healthy") {
-				t.Errorf("body: got %q, which a balancer that looks for \"healthy\" takes for good", body)
-			}
 		})
+	}
+}
+
+// TestUncleanPaths asks for what ServeMux would redirect: a check takes a 3xx for good.
+func TestUncleanPaths(t *testing.T) {
+	t.Parallel()
+	for _, draining := range []bool{false, true} {
+		server := httptest.NewServer(handler(t, "*", draining))
+		t.Cleanup(server.Close)
+		addr := server.Listener.Addr().String()
+		for _, target := range []string{
+			"//health", "///health", "/health//", "//", "/./health", "/../health", "/health/.", "/health/..", "/a/../health", "//health?x=1", "http://a.example", "http://a.example//health",
+		} {
+			for _, method := range []string{"GET", "HEAD", "POST", "OPTIONS", "TRACE", "CONNECT", "BREW"} {
+				if method == "CONNECT" && strings.HasPrefix(target, "http:") {
+					continue // it has a target of its own kind
+				}
+				t.Run(fmt.Sprintf("%s %s, draining %t", method, target, draining), func(t *testing.T) {
+					t.Parallel()
+					c := dial(t, addr, method+" "+target+" HTTP/1.1\r\nHost: a.example\r\n\r\n")
+					req := &http.Request{Method: method}
+					resp, err := http.ReadResponse(c.answers, req)
+					if err != nil || resp.StatusCode != 404 {
+						t.Errorf("got %v and error %v, want a 404", resp, err)
+					}
+				})
+			}
+		}
 	}
 }
 
@@ -133,19 +163,20 @@ func TestCORS(t *testing.T) {
 		wantCode                      int
 		wantOrigin                    string // the origin that may read the answer
 	}{
-		{"all", "*", "GET", "https://any.example", false, "", "", 200, "*"},
-		{"all, draining", "*", "GET", "https://any.example", true, "", "", 503, "*"},
-		{"no origin", list, "GET", "", false, "", "", 200, ""},
-		{"listed", list, "GET", "http://localhost:3000", false, "", "", 200, "http://localhost:3000"},
-		{"listed, draining", list, "GET", "https://a.example", true, "", "", 503, "https://a.example"},
-		{"the wildcard's own name", list, "GET", "https://corp.example", false, "", "", 200, ""},
-		{"beside the wildcard", list, "GET", "https://evilcorp.example", false, "", "", 200, ""},
-		{"not listed", list, "GET", "https://b.example", false, "", "", 200, ""},
-		{"null", list, "GET", "null", false, "", "", 200, ""},
-		{"preflight", "*", "OPTIONS", "https://any.example", false, "GET", "authorization,x-request-id", 204, "*"},
-		{"preflight, listed, draining", list, "OPTIONS", "https://a.example", true, "HEAD", "", 204, "https://a.example"},
-		{"preflight, not listed", list, "OPTIONS", "https://b.example", false, "GET", "", 204, ""},
-		{"preflight for DELETE", "*", "OPTIONS", "https://any.example", false, "DELETE", "", 204, ""},
+		{name: "all", origins: "*", method: "GET", origin: "https://any.example", wantCode: 200, wantOrigin: "*"},
+		{name: "all, draining", origins: "*", method: "GET", origin: "https://any.example", draining: true, wantCode: 503, wantOrigin: "*"},
+		{name: "no origin", origins: list, method: "GET", wantCode: 200},
+		{name: "listed", origins: list, method: "GET", origin: "http://localhost:3000", wantCode: 200, wantOrigin: "http://localhost:3000"},
+		{name: "listed, draining", origins: list, method: "GET", origin: "https://a.example", draining: true, wantCode: 503, wantOrigin: "https://a.example"},
+		{name: "the wildcard's own name", origins: list, method: "GET", origin: "https://corp.example", wantCode: 200},
+		{name: "beside the wildcard", origins: list, method: "GET", origin: "https://evilcorp.example", wantCode: 200},
+		{name: "not listed", origins: list, method: "GET", origin: "https://b.example", wantCode: 200},
+		{name: "null", origins: list, method: "GET", origin: "null", wantCode: 200},
+		{name: "POST, which rs/cors leaves alone", origins: "*", method: "POST", origin: "https://any.example", wantCode: 405},
+		{name: "preflight", origins: "*", method: "OPTIONS", origin: "https://any.example", asks: "GET", headers: "authorization,x-request-id", wantCode: 204, wantOrigin: "*"},
+		{name: "preflight, listed, draining", origins: list, method: "OPTIONS", origin: "https://a.example", draining: true, asks: "HEAD", wantCode: 204, wantOrigin: "https://a.example"},
+		{name: "preflight, not listed", origins: list, method: "OPTIONS", origin: "https://b.example", asks: "GET", wantCode: 204},
+		{name: "preflight for DELETE", origins: "*", method: "OPTIONS", origin: "https://any.example", asks: "DELETE", wantCode: 204},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -203,6 +234,7 @@ func TestOrigins(t *testing.T) {
 		{"https://xn--bcher-kva.example", "https://xn--bcher-kva.example", "https://bcher.example"},
 		{"http://192.0.2.1:8080", "http://192.0.2.1:8080", "http://192.0.2.10:8080"},
 		{"http://[2001:DB8::1]", "http://[2001:db8::1]", "http://[2001:db8::10]"},
+		{"http://[2001:db8::1]:8080", "http://[2001:db8::1]:8080", "http://[2001:db8::1]"},
 		{"https://*.corp.example", "https://a.b.corp.example", "https://corp.example"},
 		{"https://*.corp.example:8443", "https://a.corp.example:8443", "https://a.corp.example"},
 		{"https://3com.example", "https://3com.example", "https://com.example"},
@@ -223,6 +255,31 @@ func TestOrigins(t *testing.T) {
 	}
 }
 
+// TestNextRoute adds a route that reads its body, as whoever carries on will. Its body comes
+// later than one that nobody reads may, and has more lines than headers may have.
+func TestNextRoute(t *testing.T) {
+	t.Parallel()
+	mux := routes(func() bool { return false })
+	mux.HandleFunc("POST /contacts", func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		fmt.Fprintf(w, "%d bytes, error %v", len(body), err)
+	})
+	s := serveOn(t, 1, time.Hour, newHandler(mux, []string{"*"}, func() bool { return false }))
+	const lines = 1000
+	const first = "a\n"
+	c := dial(t, s.addr, fmt.Sprintf("POST /contacts HTTP/1.1\r\nHost: a.example\r\nContent-Length: %d\r\n\r\n", lines*len(first)))
+	c.send(t, strings.Repeat(first, lines/2)) // in one read with the headers, or in the next
+	waitFor(t, "the handler", func() bool { return s.count(answering) == 1 })
+	time.Sleep(300 * time.Millisecond)
+	c.send(t, strings.Repeat(first, lines/2))
+	if _, body := c.wantAnswer(t, 200); body != fmt.Sprintf("%d bytes, error <nil>", lines*len(first)) {
+		t.Errorf("got %q, want the whole body read", body)
+	}
+	c.wantClosed(t)
+}
+
+// Settings.
+
 func TestConfig(t *testing.T) {
 	t.Parallel()
 	defaults := config{port: "5034", maxConnections: 1000, origins: []string{"*"}, shutdownTimeout: 10 * time.Second}
@@ -232,17 +289,17 @@ func TestConfig(t *testing.T) {
 		env  map[string]string
 		want config
 	}{
-		{"defaults", nil, nil, defaults},
-		{"empty variables", nil,
-			map[string]string{"HOST": "", "PORT": "", "MAX_CONNECTIONS": "", "ALLOWED_ORIGINS": "", "DRAIN_DELAY": "", "SHUTDOWN_TIMEOUT": ""},
-			defaults},
-		{"variables", nil,
-			map[string]string{"HOST": "[::1]", "PORT": "0", "MAX_CONNECTIONS": "1", "ALLOWED_ORIGINS": " https://a.example , https://b.example ", "DRAIN_DELAY": "15s", "SHUTDOWN_TIMEOUT": "1m30s", "PROBE": "true"},
-			config{host: "::1", port: "0", maxConnections: 1, origins: []string{"https://a.example", "https://b.example"}, drainDelay: 15 * time.Second, shutdownTimeout: 90 * time.Second}},
-		{"flags beat variables, wrong ones too",
-			[]string{"-host", "", "-port=65535", "-max-connections", "20000", "-allowed-origins", "*", "--drain-delay", "0s", "-shutdown-timeout", "500ms", "-probe"},
-			map[string]string{"HOST": "192.0.2.1", "PORT": "x", "MAX_CONNECTIONS": "0", "ALLOWED_ORIGINS": "null", "DRAIN_DELAY": "1", "SHUTDOWN_TIMEOUT": "-1s"},
-			config{port: "65535", maxConnections: 20000, origins: []string{"*"}, shutdownTimeout: 500 * time.Millisecond, probe: true}},
+		{name: "defaults", want: defaults},
+		{name: "empty variables",
+			env:  map[string]string{"HOST": "", "PORT": "", "MAX_CONNECTIONS": "", "ALLOWED_ORIGINS": "", "DRAIN_DELAY": "", "SHUTDOWN_TIMEOUT": ""},
+			want: defaults},
+		{name: "variables",
+			env:  map[string]string{"HOST": "[::1]", "PORT": "0", "MAX_CONNECTIONS": "1", "ALLOWED_ORIGINS": " https://a.example , https://b.example ", "DRAIN_DELAY": "15s", "SHUTDOWN_TIMEOUT": "1m30s", "PROBE": "true"},
+			want: config{host: "::1", port: "0", maxConnections: 1, origins: []string{"https://a.example", "https://b.example"}, drainDelay: 15 * time.Second, shutdownTimeout: 90 * time.Second}},
+		{name: "flags beat variables, wrong ones too",
+			args: []string{"-host", "", "-port=65535", "-max-connections", "20000", "-allowed-origins", "*", "--drain-delay", "0s", "-shutdown-timeout", "500ms", "-probe"},
+			env:  map[string]string{"HOST": "http://x", "PORT": "x", "MAX_CONNECTIONS": "0", "ALLOWED_ORIGINS": "null", "DRAIN_DELAY": "1", "SHUTDOWN_TIMEOUT": "-1s"},
+			want: config{port: "65535", maxConnections: 20000, origins: []string{"*"}, shutdownTimeout: 500 * time.Millisecond, probe: true}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -257,38 +314,62 @@ func TestConfig(t *testing.T) {
 	}
 }
 
-// TestBadInput gives every setting every kind of wrong value, as flag and as
-// variable. The host is not of this machine, so that a value which passes by
-// mistake ends in exit code 1 and not in a server.
+func TestHosts(t *testing.T) {
+	t.Parallel()
+	for value, want := range map[string]string{
+		"": "", "0.0.0.0": "0.0.0.0", "::": "::", "[::]": "::", "[2001:db8::1]": "2001:db8::1", "fe80::1%eth0": "fe80::1%eth0", "[fe80::1%eth0]": "fe80::1%eth0",
+		"localhost": "localhost", "my_host-1": "my_host-1", "A.Example": "A.Example", "a.example.": "a.example.", "1.a": "1.a",
+	} {
+		got, err := parse([]string{"-host", value}, func(string) string { return "" }, io.Discard)
+		if err != nil || got.host != want {
+			t.Errorf("%q: got %q and error %v, want %q", value, got.host, err, want)
+		}
+	}
+}
+
+// TestBadInput gives every setting every kind of wrong value, as flag and as variable. The host
+// is not of this machine, so that a value which passes by mistake ends in exit code 1 and not in
+// a server.
 func TestBadInput(t *testing.T) {
 	t.Parallel()
+	const elsewhere = "192.0.2.1"
 	for _, tt := range []struct {
 		flag   string
-		values []string
 		want   string // the beginning of what would be right
+		values []string
 	}{
-		{"port", []string{"x", "-1", "65536", "+80", "0x50", "80 ", "http", "1.5"}, "want a port number from 0 to 65535"},
-		{"max-connections", []string{"0", "-1", "1.5", "1k", "ten", " 1", "9223372036854775808"}, "want an integer of 1 or more"},
-		{"drain-delay", []string{"5", "0", "-0", "-1s", "x", "1", "s", "1d", "5 s"}, "want a duration of 0s or more"},
-		{"shutdown-timeout", []string{"10", "0", "-1ns", "soon"}, "want a duration of 0s or more"},
-		{"allowed-origins", []string{"example.com", "localhost:3000", "null", "https://", "https://:8080", "//a.example", "https://a b.example",
-			"https://a.example,", ",https://a.example", "https://a.example,,https://b.example", " ", "*,https://a.example", "*,*",
-			"ws://a.example", "wss://a.example", "ftp://a.example", "file:///x", "file://a.example", "https://a.example:x", "https://%41.example", "https://[a.example]"}, "want the scheme://host[:port] of a page"},
-		{"allowed-origins", []string{"https://a.example/", "https://a.example/x", "https://a.example?q", "https://a.example?", "https://a.example#f", "https://a.example#",
-			"https://u@a.example", "https://u:p@a.example", "https://a.example:443", "https://a.example:", "https://a.example:0443"}, "want https://a.example, as browsers send it"},
-		{"allowed-origins", []string{"http://a.example:80"}, "want http://a.example, as browsers send it"},
-		{"allowed-origins", []string{"http://a.example:08080"}, "want http://a.example:8080, as browsers send it"},
-		{"allowed-origins", []string{"http://[2001:db8:0::1]"}, "want http://[2001:db8::1], as browsers send it"},
-		{"allowed-origins", []string{"https://a.example:65536"}, "want a port number"},
-		{"allowed-origins", []string{"https://bücher.example", "https://*corp.example", "https://a*.corp.example", "https://*.*.corp.example", "https://a.*.example", "https://*", "https://*.",
-			"https://a..example", "https://.a.example", "https://*.192.0.2.1", "http://127.1", "http://0x7f.1", "http://1.2.3.4.", "http://0x7f000001", "http://[fe80::1%25lo]", "http://[::ffff:102:304]", "https://a!.example"}, "want a host of ASCII letters"},
+		{flag: "host", want: "want an IP address or a host name", values: []string{
+			"127.0.0.1\r", "0.0.0.0 ", " ", `"0.0.0.0"`, "'::'", "127.1", "1.2.3.4.5", "01.2.3.4", "0x7f.1", "256.0.0.1", "[::1", "::1]", "[]", "[a.example]", "[::1]:80",
+			"http://localhost", "localhost:5034", "localhost/", "a b", "a..b", ".a", "bücher.example", "*", "no host", "a\x1b[2Kb"}},
+		{flag: "port", want: "want a port number from 0 to 65535", values: []string{"x", "-1", "65536", "+80", "0x50", "80 ", "80\r", "http", "1.5"}},
+		{flag: "max-connections", want: "want an integer of 1 or more", values: []string{"0", "-1", "1.5", "1k", "ten", " 1", "1\r", "9223372036854775808"}},
+		{flag: "drain-delay", want: "want a duration of 0s or more", values: []string{"5", "0", "-0", "-1s", "x", "1", "s", "1d", "5 s", "5s\r"}},
+		{flag: "shutdown-timeout", want: "want a duration of 0s or more", values: []string{"10", "0", "-1ns", "soon", `"10s"`}},
+		{flag: "allowed-origins", want: "want the scheme://host[:port] of a page", values: []string{
+			"example.com", "localhost:3000", "null", "https://", "https://:8080", "//a.example", "https://a b.example",
+			"https://a.example,", ",https://a.example", "https://a.example,,https://b.example", " ", "*,https://a.example", "*,*", `"https://a.example"`,
+			"ws://a.example", "wss://a.example", "ftp://a.example", "file:///x", "file://a.example", "https://a.example:x", "https://%41.example", "https://[a.example]", "http://[192.0.2.1]"}},
+		{flag: "allowed-origins", want: "want https://a.example, as browsers send it", values: []string{
+			"https://a.example/", "https://a.example/x", "https://a.example?q", "https://a.example?", "https://a.example#f", "https://a.example#",
+			"https://u@a.example", "https://u:p@a.example", "https://a.example:443", "https://a.example:", "https://a.example:0443"}},
+		{flag: "allowed-origins", want: "want http://a.example, as browsers send it", values: []string{"http://a.example:80"}},
+		{flag: "allowed-origins", want: "want http://a.example:8080, as browsers send it", values: []string{"http://a.example:08080"}},
+		{flag: "allowed-origins", want: "want http://[2001:db8::1], as browsers send it", values: []string{"http://[2001:db8:0::1]"}},
+		{flag: "allowed-origins", want: "want a port number from 1 to 65535", values: []string{"https://a.example:65536", "https://a.example:0", "https://a.example:99999999999999999999"}},
+		{flag: "allowed-origins", want: "want a host of ASCII letters", values: []string{
+			"https://bücher.example", "https://*corp.example", "https://a*.corp.example", "https://*.*.corp.example", "https://a.*.example", "https://*", "https://*.",
+			"https://a..example", "https://.a.example", "https://*.192.0.2.1", "http://127.1", "http://0x7f.1", "http://1.2.3.4.", "http://0x7f000001", "http://[fe80::1%25lo]", "http://[::ffff:102:304]", "https://a!.example"}},
 	} {
 		variable := strings.ToUpper(strings.ReplaceAll(tt.flag, "-", "_"))
 		for _, value := range tt.values {
 			t.Run(tt.flag+"="+value, func(t *testing.T) {
 				t.Parallel()
-				fails(t, 2, []string{"-host", "192.0.2.1", "-" + tt.flag, value}, nil, "flag -"+tt.flag, fmt.Sprintf("%q", value), tt.want)
-				fails(t, 2, []string{"-host", "192.0.2.1"}, map[string]string{variable: value}, "variable "+variable, fmt.Sprintf("%q", value), tt.want)
+				quoted := fmt.Sprintf("%q", value)
+				fails(t, exitUsage, []string{"-host", elsewhere, "-" + tt.flag, value}, nil, "flag -"+tt.flag, quoted, tt.want)
+				env := map[string]string{"HOST": elsewhere}
+				env[variable] = value
+				fails(t, exitUsage, nil, env, "variable "+variable, quoted, tt.want)
+				fails(t, exitUsage, []string{"-probe"}, env, "variable "+variable, quoted, tt.want)
 			})
 		}
 	}
@@ -298,16 +379,17 @@ func TestBadInput(t *testing.T) {
 		want []string
 	}{
 		{"unknown flag", []string{"-prot", "80"}, []string{"-prot", "-h lists the flags"}},
-		{"unknown flag of two lines", []string{"-pr\not"}, []string{"-pr ot", "-h lists the flags"}},
+		{"unknown flag that moves the cursor", []string{"-pr\r\n\x1b[2Kot"}, []string{"-pr [2Kot", "-h lists the flags"}},
 		{"no value", []string{"-port"}, []string{"-port", "-h lists the flags"}},
 		{"empty list", []string{"-allowed-origins", ""}, []string{"flag -allowed-origins", `""`, "want"}},
 		{"bad probe", []string{"-probe=maybe"}, []string{"-probe", `"maybe"`, "-h lists the flags"}},
+		{"probe of any port", []string{"-probe", "-port", "00"}, []string{"-probe wants the -port (PORT) that the service listens on"}},
 		{"stray argument", []string{"serve"}, []string{`"serve"`, "want only flags"}},
 		{"stray argument behind flags", []string{"-port", "80", "serve"}, []string{`"serve"`, "want only flags"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			fails(t, 2, tt.args, map[string]string{"HOST": "192.0.2.1"}, tt.want...)
+			fails(t, exitUsage, tt.args, map[string]string{"HOST": elsewhere}, tt.want...)
 		})
 	}
 }
@@ -316,11 +398,12 @@ func TestBadInput(t *testing.T) {
 func fails(t *testing.T, code int, args []string, env map[string]string, want ...string) {
 	t.Helper()
 	var stdout, stderr bytes.Buffer
-	if got := run(args, func(key string) string { return env[key] }, &stdout, &stderr); got != code {
+	getenv := func(key string) string { return env[key] }
+	if got := run(args, getenv, &stdout, &stderr); got != code {
 		t.Errorf("%q %v: got exit code %d, want %d", args, env, got, code)
 	}
 	line := stderr.String()
-	if strings.Count(line, "\n") != 1 || stdout.Len() > 0 {
+	if strings.Count(line, "\n") != 1 || strings.ContainsAny(line, "\r\x1b") || stdout.Len() > 0 {
 		t.Errorf("%q %v: got %q and %q, want one line on standard error", args, env, line, stdout.String())
 	}
 	for _, w := range want {
@@ -334,12 +417,15 @@ func TestHelp(t *testing.T) {
 	t.Parallel()
 	for _, arg := range []string{"-h", "-help", "--help"} {
 		var stdout, stderr bytes.Buffer
-		if code := run([]string{arg}, func(string) string { return "" }, &stdout, &stderr); code != 0 || stderr.Len() > 0 {
+		code := run([]string{arg}, func(string) string { return "" }, &stdout, &stderr)
+		if code != 0 || stderr.Len() > 0 {
 			t.Errorf("%s: got exit code %d and errors %q, want 0 and none", arg, code, stderr.String())
 		}
 		help := stdout.String()
-		for _, want := range []string{"-host", "[HOST]", "-port", "[PORT] (default 5034)", "-max-connections", "[MAX_CONNECTIONS] (default 1000)", "-allowed-origins", "[ALLOWED_ORIGINS] (default *)",
-			"-drain-delay", "[DRAIN_DELAY] (default 0s)", "-shutdown-timeout", "[SHUTDOWN_TIMEOUT] (default 10s)", "-probe"} {
+		for _, want := range []string{
+			"-host", "[HOST]", "-port", "[PORT] (default 5034)", "-max-connections", "[MAX_CONNECTIONS] (default 1000)", "-allowed-origins", "[ALLOWED_ORIGINS] (default *)",
+			"-drain-delay", "[DRAIN_DELAY] (default 0s)", "-shutdown-timeout", "[SHUTDOWN_TIMEOUT] (default 10s)", "-probe",
+		} {
 			if !strings.Contains(help, want) {
 				t.Errorf("%s: got %q, want it to have %q", arg, help, want)
 			}
@@ -353,10 +439,12 @@ func TestCannotListen(t *testing.T) {
 	defer taken.Close()
 	_, port, _ := net.SplitHostPort(taken.Listener.Addr().String())
 	const change = "want another -port (PORT) or -host (HOST)"
-	fails(t, 1, []string{"-host", "127.0.0.1", "-port", port}, nil, "in use", change)
-	fails(t, 1, []string{"-host", "192.0.2.1", "-port", "0"}, nil, "192.0.2.1", change) // another machine's
-	fails(t, 1, []string{"-host", "no host", "-port", "0"}, nil, "no host", change)
+	fails(t, exitFailure, []string{"-host", "127.0.0.1", "-port", port}, nil, "in use", change)
+	fails(t, exitFailure, []string{"-host", "192.0.2.1", "-port", "0"}, nil, `"192.0.2.1"`, change) // another machine's
+	fails(t, exitFailure, []string{"-host", "nobody.invalid", "-port", "0"}, nil, `"nobody.invalid"`, change)
 }
+
+// The probe.
 
 func TestProbe(t *testing.T) {
 	t.Parallel()
@@ -369,42 +457,52 @@ func TestProbe(t *testing.T) {
 			io.WriteString(w, body)
 		}
 	}
+	half := func(w http.ResponseWriter, r *http.Request) {
+		w.(http.Flusher).Flush()
+		<-hung
+	}
 	for _, tt := range []struct {
 		name    string
 		handler http.HandlerFunc
-		host    string
+		host    string // 127.0.0.1 if empty
+		env     string // of HOST, if not host
 		want    int
 		says    string
 	}{
-		{"healthy", healthy.ServeHTTP, "127.0.0.1", 0, "200 OK: " + strings.TrimSpace(wantHealthy)},
-		{"empty host", healthy.ServeHTTP, "", 0, "http://127.0.0.1:"},
-		{"unspecified IPv4 host", healthy.ServeHTTP, "0.0.0.0", 0, "http://127.0.0.1:"},
-		{"unspecified IPv6 host", healthy.ServeHTTP, "::", 0, "http://127.0.0.1:"},
-		{"draining", draining.ServeHTTP, "127.0.0.1", 1, "503 Service Unavailable: " + strings.TrimSpace(wantDraining)},
-		{"another program", http.NotFound, "127.0.0.1", 1, "404 Not Found: 404 page not found: want 200"},
-		{"204", answer(204, ""), "127.0.0.1", 1, "204 No Content"},
-		{"redirect", http.RedirectHandler("/", http.StatusFound).ServeHTTP, "127.0.0.1", 1, "302 Found"},
-		{"many lines", answer(500, strings.Repeat("a\r\n\n", 1000)), "127.0.0.1", 1, "500 Internal Server Error: a a a"},
-		{"no answer", func(w http.ResponseWriter, r *http.Request) { <-hung }, "127.0.0.1", 1, "Client.Timeout"},
-		{"half an answer", func(w http.ResponseWriter, r *http.Request) {
-			w.(http.Flusher).Flush()
-			<-hung
-		}, "127.0.0.1", 1, "200 OK: : context deadline exceeded"},
-		{"nobody there", nil, "127.0.0.1", 1, "refused"},
+		{name: "healthy", handler: healthy.ServeHTTP, want: 0, says: "200 OK: " + strings.TrimSpace(wantHealthy)},
+		{name: "empty host", handler: healthy.ServeHTTP, env: "-", want: 0, says: "http://127.0.0.1:"},
+		{name: "unspecified IPv4 host", handler: healthy.ServeHTTP, env: "0.0.0.0", want: 0, says: "http://127.0.0.1:"},
+		{name: "unspecified IPv6 host", handler: healthy.ServeHTTP, env: "::", want: 0, says: "http://127.0.0.1:"},
+		{name: "IPv6", handler: healthy.ServeHTTP, host: "::1", want: 0, says: "http://[::1]:"},
+		{name: "IPv6 in brackets", handler: healthy.ServeHTTP, host: "::1", env: "[::1]", want: 0, says: "http://[::1]:"},
+		{name: "IPv6 with a zone", handler: healthy.ServeHTTP, host: "::1", env: "::1%lo", want: 0, says: "http://[::1%25lo]:"},
+		{name: "draining", handler: draining.ServeHTTP, want: 1, says: "503 Service Unavailable: " + strings.TrimSpace(wantDraining)},
+		{name: "another program", handler: http.NotFound, want: 1, says: "404 Not Found: 404 page not found: want 200"},
+		{name: "204", handler: answer(204, ""), want: 1, says: "204 No Content"},
+		{name: "redirect", handler: http.RedirectHandler("/", http.StatusFound).ServeHTTP, want: 1, says: "302 Found"},
+		{name: "many lines", handler: answer(500, strings.Repeat("a\r\n\x1b\n", 1000)), want: 1, says: "500 Internal Server Error: a a a"},
+		{name: "no answer", handler: func(http.ResponseWriter, *http.Request) { <-hung }, want: 1, says: "Client.Timeout"},
+		{name: "half an answer", handler: half, want: 1, says: "200 OK: context deadline exceeded"},
+		{name: "nobody there", want: 1, says: "refused"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			asked := make(chan string, 2)
-			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			ln, err := net.Listen("tcp", net.JoinHostPort(cmp.Or(tt.host, "127.0.0.1"), "0"))
+			if err != nil {
+				t.Skip("this machine has no such address: ", err)
+			}
+			server := &httptest.Server{Listener: ln, Config: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				asked <- r.Method + " " + r.URL.Path
 				tt.handler(w, r)
-			}))
-			_, port, _ := net.SplitHostPort(server.Listener.Addr().String())
+			})}}
+			server.Start()
 			if tt.handler == nil {
 				server.Close()
 			}
+			_, port, _ := net.SplitHostPort(ln.Addr().String())
+			env := map[string]string{"HOST": strings.Trim(cmp.Or(tt.env, tt.host, "127.0.0.1"), "-"), "PORT": port}
 			var stdout, stderr bytes.Buffer
-			env := map[string]string{"HOST": tt.host, "PORT": port}
 			if code := run([]string{"-probe"}, func(key string) string { return env[key] }, &stdout, &stderr); code != tt.want {
 				t.Errorf("got exit code %d, want %d", code, tt.want)
 			}
@@ -412,7 +510,8 @@ func TestProbe(t *testing.T) {
 			if tt.want != 0 {
 				said, silent = &stderr, &stdout
 			}
-			if line := said.String(); strings.Count(line, "\n") != 1 || !strings.Contains(line, tt.says) || silent.Len() > 0 {
+			line := said.String()
+			if strings.Count(line, "\n") != 1 || !strings.Contains(line, tt.says) || strings.ContainsAny(line, "\r\x1b") || silent.Len() > 0 {
 				t.Errorf("got %q and %q, want one line with %q", line, silent.String(), tt.says)
 			}
 			if tt.handler != nil && (<-asked != "GET /health" || len(asked) > 0) {
@@ -422,244 +521,138 @@ func TestProbe(t *testing.T) {
 	}
 }
 
-// TestProbeUsesNoProxy asks for LOCALHOST, which net/http does not exempt from
-// proxies as it does localhost.
+// TestProbeUsesNoProxy asks for LOCALHOST, which net/http does not exempt from proxies as it
+// does localhost.
 func TestProbeUsesNoProxy(t *testing.T) {
 	t.Parallel()
 	p := start(t, nil)
 	_, port, _ := net.SplitHostPort(p.addr)
-	out, err := command(t, []string{"HOST=LOCALHOST", "PORT=" + port, "HTTP_PROXY=http://127.0.0.1:1", "http_proxy=http://127.0.0.1:1"}, "-probe").CombinedOutput()
+	env := []string{"HOST=LOCALHOST", "PORT=" + port, "HTTP_PROXY=http://127.0.0.1:1", "http_proxy=http://127.0.0.1:1"}
+	out, err := command(t, env, "-probe").CombinedOutput()
 	if err != nil {
 		t.Errorf("got %v and %q, want exit code 0", err, out)
 	}
 }
 
-// process is the program in a process of its own: the test binary again, which
-// TestMain turns into main.
-type process struct {
-	*exec.Cmd
-	addr, url string      // as it logs them
-	log       chan string // its standard error by lines, closed at the end
-	stderr    io.Closer   // the reading end
-}
+// The process: flags, signals, exit codes and the log.
 
-// command returns the program with no environment but env, and what keeps the
-// coverage and the race detector of the test binary quiet.
-func command(t *testing.T, env []string, args ...string) *exec.Cmd {
-	t.Helper()
-	cmd := exec.Command(os.Args[0], args...)
-	cmd.Env = append([]string{"TEST_BE_THE_PROGRAM=1", "GOCOVERDIR=" + t.TempDir(), "GORACE=atexit_sleep_ms=0"}, env...)
-	return cmd
-}
-
-// start runs the program on a free loopback port and returns once it listens.
-func start(t *testing.T, env []string, args ...string) *process {
-	t.Helper()
-	cmd := command(t, append([]string{"HOST=127.0.0.1", "PORT=0"}, env...), args...)
-	stderr, err := cmd.StderrPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	p := follow(t, stderr)
-	p.Cmd = cmd
-	return p
-}
-
-// follow reads the log of a program and returns once it listens.
-func follow(t *testing.T, stderr io.ReadCloser) *process {
-	t.Helper()
-	p := &process{log: make(chan string, 100), stderr: stderr}
-	go func() {
-		defer close(p.log)
-		for lines := bufio.NewScanner(stderr); lines.Scan(); {
-			p.log <- lines.Text()
-		}
-	}()
-	_, rest, _ := strings.Cut(p.waitFor(t, "msg=listening"), " addr=")
-	p.addr, p.url, _ = strings.Cut(rest, " url=")
-	return p
-}
-
-// waitFor returns the next line of the log that has text.
-func (p *process) waitFor(t *testing.T, text string) string {
-	t.Helper()
-	var seen []string
-	for timeout := time.After(patience); ; {
-		select {
-		case line, ok := <-p.log:
-			if strings.Contains(line, text) {
-				return line
+func TestListeningLine(t *testing.T) {
+	t.Parallel()
+	for i, tt := range []struct {
+		host         string
+		open, closed []string // addresses
+	}{
+		{host: "127.0.0.1", open: []string{"127.0.0.1"}, closed: []string{"127.0.0.2", "::1"}},
+		{host: "0.0.0.0", open: []string{"127.0.0.1", "127.0.0.2"}, closed: []string{"::1"}},
+		{host: "::ffff:0.0.0.0", open: []string{"127.0.0.1"}, closed: []string{"::1"}},
+		{host: "", open: []string{"127.0.0.1", "::1"}},
+		{host: "::", open: []string{"127.0.0.1", "::1"}},
+		{host: "[::1]", open: []string{"::1"}, closed: []string{"127.0.0.1"}},
+		{host: "localhost", open: []string{"127.0.0.1"}},
+	} {
+		t.Run("host "+tt.host, func(t *testing.T) {
+			t.Parallel()
+			if ln, err := net.Listen("tcp", "[::1]:0"); err != nil {
+				t.Skip("this machine has no IPv6: ", err)
+			} else {
+				ln.Close()
 			}
-			if seen = append(seen, line); !ok {
-				t.Fatalf("the program ended; got log %q, want a line with %q", seen, text)
+			own := fmt.Sprintf("https://%d.a", i) // allowed by this program alone
+			p := start(t, []string{"PORT=1", "MAX_CONNECTIONS=20", "ALLOWED_ORIGINS=https://b.example, " + own, "DRAIN_DELAY=1ms", "SHUTDOWN_TIMEOUT=5s"}, "-host", tt.host, "-port", "0")
+			_, port, err := net.SplitHostPort(p.addr)
+			if err != nil || port == "0" || port == "1" {
+				t.Errorf("got address %q, want the real one", p.addr)
 			}
-		case <-timeout:
-			t.Fatalf("got log %q, want a line with %q", seen, text)
-		}
-	}
-}
-
-// exit waits for the end and returns the exit code and the rest of the log.
-func (p *process) exit(t *testing.T) (code int, log []string) {
-	t.Helper()
-	for timeout := time.After(patience); ; {
-		select {
-		case line, ok := <-p.log:
-			if !ok {
-				p.Wait()
-				return p.ProcessState.ExitCode(), log
+			if want := "http://" + net.JoinHostPort(tt.open[0], port) + "/health"; p.url != want {
+				t.Errorf("got URL %q to try, want %q", p.url, want)
 			}
-			log = append(log, line)
-		case <-timeout:
-			t.Fatalf("still running; got log %q", log)
-		}
+			if want := "max-connections=20 allowed-origins=https://b.example," + own + " drain-delay=1ms shutdown-timeout=5s"; p.settings != want {
+				t.Errorf("got settings %q, want %q", p.settings, want)
+			}
+			for _, host := range append(tt.open, tt.closed...) {
+				req, err := http.NewRequest("GET", "http://"+net.JoinHostPort(host, port)+"/health", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				req.Header.Set("Origin", own)
+				client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: patience}
+				resp, err := client.Do(req)
+				got := err == nil && resp.Header.Get("Access-Control-Allow-Origin") == own
+				if want := slices.Contains(tt.open, host); got != want {
+					t.Errorf("%s: got an answer %t (%v), want %t", host, got, err, want)
+				}
+				if err == nil {
+					resp.Body.Close()
+				}
+			}
+		})
 	}
 }
 
-func (p *process) signal(t *testing.T, s os.Signal) {
-	t.Helper()
-	if err := p.Process.Signal(s); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// do sends req on a connection of its own.
-func do(t *testing.T, req *http.Request) (resp *http.Response, body string) {
-	t.Helper()
-	client := http.Client{Transport: &http.Transport{}, Timeout: patience}
-	defer client.CloseIdleConnections()
-	resp, err := client.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return resp, string(b)
-}
-
-func (p *process) get(t *testing.T, path string) (resp *http.Response, body string) {
-	t.Helper()
-	req, err := http.NewRequest("GET", "http://"+p.addr+path, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("Origin", "https://a.example")
-	return do(t, req)
-}
-
-// client is a connection that sends what it likes, when it likes.
-type client struct {
-	net.Conn
-	answers *bufio.Reader
-}
-
-const get = "GET /health HTTP/1.1\r\nHost: a.example\r\n" // wants another line end
-
-// dial opens a connection and sends raw.
-func (p *process) dial(t *testing.T, raw string) *client {
-	t.Helper()
-	conn, err := net.Dial("tcp", p.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(patience))
-	c := &client{conn, bufio.NewReader(conn)}
-	c.send(t, raw)
-	return c
-}
-
-func (c *client) send(t *testing.T, raw string) {
-	t.Helper()
-	if _, err := io.WriteString(c, raw); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// wantAnswer reads the next answer and its body.
-func (c *client) wantAnswer(t *testing.T, code int) *http.Response {
-	t.Helper()
-	resp, err := http.ReadResponse(c.answers, nil)
-	if err != nil {
-		t.Fatalf("got error %v, want a %d", err, code)
-	}
-	if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != code {
-		t.Errorf("got %d and error %v, want a %d", resp.StatusCode, err, code)
-	}
-	return resp
-}
-
-// wantClosed waits for the end of the connection.
-func (c *client) wantClosed(t *testing.T) {
-	t.Helper()
-	if n, err := c.answers.Read(make([]byte, 1)); n > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("got %d bytes more and error %v, want a closed connection", n, err)
-	}
-}
-
-// closed waits until the listener no longer accepts connections.
-func (p *process) closed(t *testing.T) {
-	t.Helper()
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		conn, err := net.Dial("tcp", p.addr)
-		if err != nil {
-			return
-		}
-		conn.Close()
-	}
-	t.Fatal("the listener is still open")
-}
-
-// TestEnd is what becomes of the process and of a connection that is open at the signal.
+// TestEnd is what becomes of the process and of a connection that is open at the signal. Signals
+// that come at once are sent one after the other; late ones until the end, for only a SIGINT that
+// comes half a second after the first ends the drain.
 func TestEnd(t *testing.T) {
 	t.Parallel()
+	const draining, stopped = "msg=draining", "msg=stopped"
+	term, interrupt, hup := syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP
 	for _, tt := range []struct {
-		name, env, sent string
-		signals         []os.Signal
-		rest            string // sent when the listener has closed
-		wantCode        int
-		wantLog         []string // after the line for listening
+		name     string
+		env      string
+		sent     string // on the connection
+		signals  []syscall.Signal
+		late     []syscall.Signal
+		rest     string // sent when the listener has closed
+		wantCode int
+		wantLog  []string // after the line for listening
 	}{
-		{"SIGTERM", "MAX_CONNECTIONS=1", "", []os.Signal{syscall.SIGTERM}, "", 0, []string{"msg=draining signal=terminated delay=0s", "msg=stopped"}},
-		{"Ctrl-C", "", "", []os.Signal{os.Interrupt}, "", 0, []string{"msg=draining signal=interrupt delay=0s", "msg=stopped"}},
-		{"half a request", "", get, []os.Signal{syscall.SIGTERM}, "\r\n", 0, []string{"msg=draining", "msg=stopped"}},
-		{"half a request, too late", "SHUTDOWN_TIMEOUT=0s", get, []os.Signal{syscall.SIGTERM}, "", 1, []string{"msg=draining", "-shutdown-timeout (SHUTDOWN_TIMEOUT)"}},
-		{"idle for longer than the timeout", "SHUTDOWN_TIMEOUT=2s", get + "\r\n", []os.Signal{syscall.SIGTERM}, "", 0, []string{"msg=draining", "msg=stopped"}},
-		{"second signal in the drain delay", "DRAIN_DELAY=1h", get, []os.Signal{syscall.SIGTERM, syscall.SIGTERM}, "", 1, []string{"msg=draining signal=terminated delay=1h", "second signal: terminated"}},
-		{"Ctrl-C after SIGTERM", "DRAIN_DELAY=1h", get, []os.Signal{syscall.SIGTERM, os.Interrupt}, "", 1, []string{"msg=draining", "second signal: interrupt"}},
-		{"second signal in the shutdown", "SHUTDOWN_TIMEOUT=1h", get, []os.Signal{syscall.SIGTERM, syscall.SIGTERM}, "", 1, []string{"msg=draining", "second signal: terminated"}},
+		{name: "SIGTERM", env: "MAX_CONNECTIONS=1", signals: []syscall.Signal{term}, wantLog: []string{"msg=draining signal=terminated delay=0s", stopped}},
+		{name: "Ctrl-C", signals: []syscall.Signal{interrupt}, wantLog: []string{"msg=draining signal=interrupt delay=0s", stopped}},
+		{name: "closed terminal", signals: []syscall.Signal{hup}, wantLog: []string{"msg=draining signal=hangup delay=0s", stopped}},
+		{name: "half a request", sent: get, signals: []syscall.Signal{term}, rest: "\r\n", wantLog: []string{draining, stopped}},
+		{name: "half a request, too late", env: "SHUTDOWN_TIMEOUT=0s", sent: get, signals: []syscall.Signal{term}, wantCode: 1, wantLog: []string{draining, "-shutdown-timeout (SHUTDOWN_TIMEOUT)"}},
+		{name: "half of the second request", sent: get + "\r\n" + "G", signals: []syscall.Signal{term}, rest: get[1:] + "\r\n", wantLog: []string{draining, stopped}},
+		{name: "one of two requests", env: "SHUTDOWN_TIMEOUT=2s", sent: get + "\r\n", signals: []syscall.Signal{term}, wantLog: []string{draining, stopped}},
+		{name: "no request", env: "SHUTDOWN_TIMEOUT=2s", sent: "-", signals: []syscall.Signal{term}, wantLog: []string{draining, stopped}},
+		{name: "all at once in the drain delay", env: "DRAIN_DELAY=200ms", signals: []syscall.Signal{term, hup, interrupt, interrupt, term}, wantLog: []string{"msg=draining signal=", stopped}},
+		{name: "SIGTERM and SIGHUP later", env: "DRAIN_DELAY=2s", signals: []syscall.Signal{term}, late: []syscall.Signal{term, hup}, wantLog: []string{draining, stopped}},
+		{name: "Ctrl-C in the drain delay", env: "DRAIN_DELAY=1h", signals: []syscall.Signal{term}, late: []syscall.Signal{interrupt}, wantCode: 1, wantLog: []string{"msg=draining signal=terminated delay=1h", "second signal: interrupt"}},
+		{name: "Ctrl-C twice", env: "DRAIN_DELAY=1h", signals: []syscall.Signal{interrupt}, late: []syscall.Signal{interrupt}, wantCode: 1, wantLog: []string{draining, "second signal: interrupt"}},
+		{name: "Ctrl-C in the shutdown", env: "SHUTDOWN_TIMEOUT=1h", sent: "POST /health HTTP/1.1\r\nHost: a.example\r\n", signals: []syscall.Signal{term}, late: []syscall.Signal{interrupt}, wantCode: 1, wantLog: []string{draining, "second signal: interrupt"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			p := start(t, []string{tt.env})
 			var c *client
 			if tt.sent != "" {
-				c = p.dial(t, tt.sent)
+				c = p.dial(t, strings.Trim(tt.sent, "-"))
+			}
+			if strings.Contains(tt.sent, "\r\n\r\n") {
+				c.wantAnswer(t, 200)
 			}
 			p.get(t, "/health") // accepted in order, so c has been too
-			log := []string{}
 			for _, s := range tt.signals {
 				p.signal(t, s)
-				if len(tt.signals) > len(log)+1 {
-					log = append(log, p.waitFor(t, "msg=draining"))
-				}
 			}
+			log := []string{p.waitFor(t, draining)}
+			late := make(chan struct{})
+			go func() {
+				defer close(late)
+				for end := time.Now().Add(patience); len(tt.late) > 0 && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+					for _, s := range tt.late {
+						if p.Process.Signal(s) != nil {
+							return
+						}
+					}
+				}
+			}()
 			if tt.rest != "" {
 				p.closed(t)
 				c.send(t, tt.rest)
 				c.wantAnswer(t, 503)
 			}
 			code, rest := p.exit(t)
+			<-late
 			log = append(log, rest...)
 			if code != tt.wantCode || len(log) != len(tt.wantLog) {
 				t.Fatalf("got exit code %d and log %q, want %d and a line for each of %q", code, log, tt.wantCode, tt.wantLog)
@@ -673,50 +666,60 @@ func TestEnd(t *testing.T) {
 	}
 }
 
-func TestListeningLine(t *testing.T) {
+// TestIgnoredSignals starts the program as nohup does, and a shell's background.
+func TestIgnoredSignals(t *testing.T) {
 	t.Parallel()
-	for _, host := range []string{"127.0.0.1", "", "0.0.0.0", "::"} {
-		t.Run("host "+host, func(t *testing.T) {
+	for name, s := range map[string]syscall.Signal{"HUP": syscall.SIGHUP, "INT": syscall.SIGINT} {
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p := start(t, []string{"PORT=1"}, "-host", host, "-port", "0")
-			_, port, err := net.SplitHostPort(p.addr)
-			if err != nil || port == "0" || port == "1" {
-				t.Errorf("got address %q, want the real one", p.addr)
+			program := command(t, []string{"HOST=127.0.0.1", "PORT=0"})
+			shell := exec.Command("sh", "-c", "trap '' "+name+"; exec "+program.Path)
+			shell.Env = program.Env
+			p := follow(t, shell)
+			p.listening(t)
+			p.signal(t, s)
+			p.signal(t, syscall.SIGTERM)
+			if line := p.waitFor(t, "msg=draining"); !strings.Contains(line, "signal=terminated") {
+				t.Errorf("got %q, want it to drain for SIGTERM alone", line)
 			}
-			if want := "http://127.0.0.1:" + port + "/health"; p.url != want {
-				t.Errorf("got URL %q to try, want %q", p.url, want)
-			}
-			addrs := []string{"127.0.0.1:" + port}
-			if ln, err := net.Listen("tcp", "[::1]:0"); err == nil && host == "" { // the machine has IPv6
-				ln.Close()
-				addrs = append(addrs, "[::1]:"+port)
-			}
-			for _, p.addr = range addrs {
-				if resp, _ := p.get(t, "/health"); resp.StatusCode != 200 {
-					t.Errorf("got %d from %s, want 200", resp.StatusCode, p.addr)
-				}
+			if code, log := p.exit(t); code != 0 {
+				t.Errorf("got exit code %d and log %q, want 0", code, log)
 			}
 		})
 	}
 }
 
-// TestDrain is a rolling restart as each kind of client sees it, in the order in which
-// things happen.
+// TestStopInLookup stops the program while it waits for a DNS server that does not answer.
+func TestStopInLookup(t *testing.T) {
+	t.Parallel()
+	cmd := command(t, []string{"TEST_DNS=silent", "HOST=a.example", "PORT=0"})
+	p := follow(t, cmd)
+	p.waitFor(t, "asking DNS")
+	p.signal(t, syscall.SIGTERM)
+	code, log := p.exit(t)
+	if all := strings.Join(log, "\n"); code != 0 || !strings.Contains(all, "msg=stopped signal=terminated") {
+		t.Errorf("got exit code %d and log %q, want 0 and a line for the stop", code, log)
+	}
+}
+
+// TestDrain is a rolling restart as each kind of client sees it, in the order in which things
+// happen.
 func TestDrain(t *testing.T) {
 	t.Parallel()
 	p := start(t, []string{"DRAIN_DELAY=1s", "ALLOWED_ORIGINS=https://a.example"})
 	kept := map[string]int{ // what is asked on a kept connection while draining, and the code of its answer
 		get + "\r\n": 503,
-		"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n":          404,
-		"DELETE /health HTTP/1.1\r\nHost: a.example\r\n\r\n": 405,
+		"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n":                                                                              404,
+		"GET //health HTTP/1.1\r\nHost: a.example\r\n\r\n":                                                                       404,
+		"DELETE /health HTTP/1.1\r\nHost: a.example\r\n\r\n":                                                                     405,
 		"OPTIONS /health HTTP/1.1\r\nHost: a.example\r\nOrigin: https://a.example\r\nAccess-Control-Request-Method: GET\r\n\r\n": 204,
-		"OPTIONS * HTTP/1.1\r\nHost: a.example\r\n\r\n":          400,
-		"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n": 503,
+		"OPTIONS * HTTP/1.1\r\nHost: a.example\r\n\r\n":                                                                          400,
+		"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n":                                                                 503,
 	}
 	clients := map[string]*client{}
 	for raw := range kept {
 		clients[raw] = p.dial(t, get+"\r\n")
-		if resp := clients[raw].wantAnswer(t, 200); resp.Close {
+		if resp, _ := clients[raw].wantAnswer(t, 200); resp.Close {
 			t.Error("before: got Connection: close, want it kept")
 		}
 	}
@@ -738,7 +741,7 @@ func TestDrain(t *testing.T) {
 	}
 	for raw, code := range kept {
 		clients[raw].send(t, raw)
-		if resp := clients[raw].wantAnswer(t, code); !resp.Close {
+		if resp, _ := clients[raw].wantAnswer(t, code); !resp.Close {
 			t.Errorf("%q: got no Connection: close, want the client told to leave", raw)
 		}
 		clients[raw].wantClosed(t)
@@ -759,107 +762,55 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// TestLogReaderGone closes the reading end of standard error: the lines are lost, and
-// nothing else.
-func TestLogReaderGone(t *testing.T) {
+// TestLastCall asks on connections that have been idle so far as soon as the listener is seen to
+// be closed. A machine that is busy may let one of them miss the last call of 50 ms, but not all.
+func TestLastCall(t *testing.T) {
 	t.Parallel()
-	p := start(t, []string{"DRAIN_DELAY=1s", "MAX_CONNECTIONS=1"})
-	p.stderr.Close()
-	p.dial(t, get)
-	p.get(t, "/health") // at the limit, which is worth a line
-	p.signal(t, syscall.SIGTERM)
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		if resp, _ := p.get(t, "/health"); resp.StatusCode == 503 {
-			break
-		}
+	var answered atomic.Int64
+	var attempts sync.WaitGroup
+	for range 5 {
+		p := start(t, nil)
+		c := p.dial(t, get+"\r\n")
+		c.wantAnswer(t, 200)
+		attempts.Go(func() {
+			p.signal(t, syscall.SIGTERM)
+			p.closed(t)
+			io.WriteString(c, get+"\r\n")
+			if resp, err := http.ReadResponse(c.answers, nil); err == nil && resp.StatusCode == 503 {
+				answered.Add(1)
+			}
+		})
 	}
-	p.closed(t)
-	if code, _ := p.exit(t); code != 0 {
-		t.Errorf("got exit code %d, want 0", code)
+	attempts.Wait()
+	if answered.Load() == 0 {
+		t.Error("got no answer to a request that came with the end of the listener, want 503")
 	}
 }
 
-// TestConnectionLimit fills the places for connections and then wants one more.
-func TestConnectionLimit(t *testing.T) {
+// TestDrainWaitsForAccept has no connection, but one may still be on its way from Accept.
+func TestDrainWaitsForAccept(t *testing.T) {
 	t.Parallel()
-	const reached = "level=WARN msg=\"connection limit reached"
-	t.Run("the longest idle gives way", func(t *testing.T) {
-		t.Parallel()
-		p := start(t, []string{"MAX_CONNECTIONS=3"})
-		ask := func(c *client) {
-			c.send(t, get+"\r\n")
-			c.wantAnswer(t, 200)
-			time.Sleep(100 * time.Millisecond) // it waits from a moment after its answer on, which nobody can see
-		}
-		first, second, third := p.dial(t, ""), p.dial(t, ""), p.dial(t, "")
-		for _, c := range []*client{first, second, third, first} {
-			ask(c)
-		}
-		newest := p.dial(t, get+"\r\n")
-		newest.wantAnswer(t, 200)
-		second.wantClosed(t)
-		for _, c := range []*client{first, third, newest} {
-			ask(c)
-		}
-		p.get(t, "/health")
-		p.signal(t, syscall.SIGTERM)
-		if code, log := p.exit(t); code != 0 || strings.Count(strings.Join(log, "\n"), reached) != 1 {
-			t.Errorf("got exit code %d and log %q, want 0 and one line for two that gave way", code, log)
-		}
-	})
-	t.Run("half-sent requests lock nobody out", func(t *testing.T) {
-		t.Parallel()
-		p := start(t, []string{"MAX_CONNECTIONS=3"})
-		silent, headers, line := p.dial(t, ""), p.dial(t, get), p.dial(t, "GET /hea")
-		p.dial(t, get+"\r\n").wantAnswer(t, 200)
-		silent.wantClosed(t)
-		headers.send(t, "\r\n")
-		headers.wantAnswer(t, 200)
-		if resp, _ := p.get(t, "/health"); resp.StatusCode != 200 {
-			t.Errorf("newest: got %d, want 200", resp.StatusCode)
-		}
-		line.wantClosed(t)
-	})
-	t.Run("a first request has time to come", func(t *testing.T) {
-		t.Parallel()
-		p := start(t, []string{"MAX_CONNECTIONS=1000"})
-		began := time.Now()
-		first := p.dial(t, "")
-		for range 999 {
-			p.dial(t, "")
-		}
-		p.dial(t, get+"\r\n").wantAnswer(t, 200)
-		if got, want := time.Since(began), 200*time.Millisecond; got < want {
-			t.Errorf("the newest was answered after %v, want the first to have %v before it gives way", got, want)
-		}
-		first.wantClosed(t)
-	})
-	t.Run("a request that is answered keeps its place", func(t *testing.T) {
-		t.Parallel()
-		p := start(t, []string{"MAX_CONNECTIONS=1"})
-		busy := p.dial(t, get+"Content-Length: 10\r\n\r\n") // is being answered until the body's time is over
-		busy.wantAnswer(t, 200)
-		newest := p.dial(t, get+"\r\n")
-		p.waitFor(t, reached)
-		busy.send(t, "0123456789")
-		newest.wantAnswer(t, 200)
-		busy.wantClosed(t)
-	})
+	s := serveOn(t, 1, time.Hour, http.NotFoundHandler())
+	never := make(chan struct{})
+	if err := drain(t.Context(), config{}, s.ln, never); err == nil || !strings.Contains(err.Error(), "SHUTDOWN_TIMEOUT") {
+		t.Errorf("got error %v, want the one of the timeout", err)
+	}
 }
 
-// TestServe runs the life of the process inside the test, where coverage and mutation
-// testing see it.
+// TestServe runs the life of the process inside the test, where coverage and mutation testing
+// see it.
 func TestServe(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name, sent string // on the connection that is open at the first signal
 		args       []string
-		signals    []os.Signal
-		want       string // error; none if empty
+		signal     os.Signal // the first
+		then       os.Signal // sent until the end
+		want       string    // error; none if empty
 	}{
-		{"one signal", get + "\r\n", nil, []os.Signal{syscall.SIGTERM}, ""},
-		{"two signals", get, []string{"-drain-delay", "1h"}, []os.Signal{syscall.SIGTERM, os.Interrupt}, "second signal: interrupt"},
-		{"timeout", get, []string{"-shutdown-timeout", "0s"}, []os.Signal{syscall.SIGTERM}, "requests still open after -shutdown-timeout (SHUTDOWN_TIMEOUT)"},
+		{name: "one signal", sent: get + "\r\n", signal: syscall.SIGTERM},
+		{name: "Ctrl-C twice", sent: get, args: []string{"-drain-delay", "1h"}, signal: os.Interrupt, then: os.Interrupt, want: "drain cut short by a second signal: interrupt"},
+		{name: "timeout", sent: get, args: []string{"-shutdown-timeout", "0s"}, signal: syscall.SIGTERM, want: "requests still open after -shutdown-timeout (SHUTDOWN_TIMEOUT)"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -867,61 +818,501 @@ func TestServe(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			signals, ended := make(chan os.Signal, 2), make(chan error)
+			signals, ended := make(chan os.Signal, 1), make(chan error, 1)
 			stderr, log := io.Pipe()
 			go func() { ended <- serve(c, signals, slog.New(slog.NewTextHandler(log, nil))) }()
-			p := follow(t, stderr)
+			p := &process{log: readLines(stderr)}
+			p.listening(t)
 			first := p.dial(t, get)
 			last := p.dial(t, tt.sent)
 			first.wantClosed(t)
 			if strings.HasSuffix(tt.sent, "\r\n\r\n") {
 				last.wantAnswer(t, 200)
 			}
-			for _, s := range tt.signals {
-				signals <- s
+			for next := tt.signal; ; next = tt.then {
+				if next != nil {
+					signals <- next
+				}
+				select {
+				case err = <-ended:
+				case <-time.After(100 * time.Millisecond):
+					continue
+				}
+				break
 			}
-			if err := <-ended; fmt.Sprint(err) != cmp.Or(tt.want, "<nil>") {
+			if fmt.Sprint(err) != cmp.Or(tt.want, "<nil>") {
 				t.Errorf("got error %v, want %q", err, tt.want)
 			}
 		})
 	}
 }
 
-// TestHostileClients sends what no HTTP library would: each gets a 4xx or a closed
-// connection, at once, and the next client its answer.
+// TestLogReaderGone closes the reading end of standard error: the lines are lost, and nothing
+// else.
+func TestLogReaderGone(t *testing.T) {
+	t.Parallel()
+	p := start(t, []string{"DRAIN_DELAY=1s", "MAX_CONNECTIONS=1"})
+	p.stderr.Close()
+	p.dial(t, get)
+	p.get(t, "/health") // at the limit, which is worth a line
+	p.signal(t, syscall.SIGTERM)
+	waitFor(t, "a 503", func() bool {
+		resp, _ := p.get(t, "/health")
+		return resp.StatusCode == 503
+	})
+	p.closed(t)
+	if code, _ := p.exit(t); code != 0 {
+		t.Errorf("got exit code %d, want 0", code)
+	}
+}
+
+// TestLogFull starts the program with a standard error that is full from the start, and whose
+// reader is there but does not read.
+func TestLogFull(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, env string
+		args      []string
+		then      os.Signal // sent again and again behind the first
+		wantCode  int
+	}{
+		{name: "one signal", env: "DRAIN_DELAY=100ms"},
+		{name: "one that ends it at once", env: "DRAIN_DELAY=1h", then: os.Interrupt, wantCode: exitFailure},
+		{name: "wrong setting", args: []string{"-x"}, wantCode: exitUsage},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			port := freePort(t)
+			cmd := command(t, []string{"HOST=127.0.0.1", "PORT=" + port, "MAX_CONNECTIONS=1", tt.env}, tt.args...)
+			cmd.Stderr = fullPipe(t)
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			ended := make(chan struct{})
+			go func() {
+				cmd.Wait()
+				close(ended)
+			}()
+			t.Cleanup(func() {
+				cmd.Process.Kill()
+				<-ended
+			})
+			if tt.wantCode != exitUsage {
+				p := &process{Cmd: cmd, addr: "127.0.0.1:" + port}
+				p.opened(t)
+				p.dial(t, get)
+				p.get(t, "/health") // at the limit, which is worth a line
+				p.signal(t, syscall.SIGTERM)
+			}
+			for timeout := time.After(patience); ; {
+				select {
+				case <-ended:
+				case <-timeout:
+					t.Fatal("still running")
+				case <-time.After(100 * time.Millisecond):
+					if tt.then != nil {
+						cmd.Process.Signal(tt.then)
+					}
+					continue
+				}
+				break
+			}
+			if code := cmd.ProcessState.ExitCode(); code != tt.wantCode {
+				t.Errorf("got exit code %d, want %d", code, tt.wantCode)
+			}
+		})
+	}
+}
+
+// TestLogWriter writes more lines than there is room for, to a reader that begins late.
+func TestLogWriter(t *testing.T) {
+	t.Parallel()
+	r, w := io.Pipe()
+	l := newLogWriter(w)
+	fmt.Fprintln(l, "line 0")
+	waitFor(t, "the line to be on its way", func() bool { return len(l.queue) == 0 })
+	const lines = 1000
+	for i := 1; i < lines; i++ {
+		fmt.Fprintf(l, "line %d\n", i)
+	}
+	got := readLines(r)
+	kept := 1 + cap(l.queue)
+	for i := range kept {
+		if line, want := <-got, fmt.Sprintf("line %d", i); line != want {
+			t.Fatalf("got %q, want %q", line, want)
+		}
+	}
+	if line, want := <-got, fmt.Sprintf(`msg="log lines lost, nobody read them" lines=%d`, lines-kept); !strings.Contains(line, want) {
+		t.Errorf("got %q, want %q", line, want)
+	}
+	fmt.Fprintln(l, "one more")
+	l.flush()
+	if line := <-got; line != "one more" {
+		t.Errorf("got %q, want the log to go on", line)
+	}
+}
+
+// TestTimes reads the deadlines that the server gives its connections, which are too long to
+// wait for.
+func TestTimes(t *testing.T) {
+	t.Parallel()
+	inner, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln := &deadlines{Listener: inner, read: make(chan time.Duration, 100), write: make(chan time.Duration, 100)}
+	srv := newServer(handler(t, "*", false), slog.New(slog.DiscardHandler))
+	go srv.Serve(ln)
+	t.Cleanup(func() { srv.Close() })
+	c := dial(t, inner.Addr().String(), get+"\r\n")
+	c.wantAnswer(t, 200)
+	for _, tt := range []struct {
+		name  string
+		times <-chan time.Duration
+		want  time.Duration
+	}{
+		{"a request", ln.read, 5 * time.Second},
+		{"the next one", ln.read, 620 * time.Second},
+		{"the answer", ln.write, 10 * time.Second},
+	} {
+		for timeout := time.After(patience); ; {
+			select {
+			case got := <-tt.times:
+				if got.Round(time.Second) != tt.want {
+					continue
+				}
+			case <-timeout:
+				t.Errorf("%s: got no deadline in %v", tt.name, tt.want)
+			}
+			break
+		}
+	}
+}
+
+// deadlines is a listener whose connections tell how long their deadlines are away.
+type deadlines struct {
+	net.Listener
+	read, write chan time.Duration
+}
+
+func (d *deadlines) Accept() (net.Conn, error) {
+	c, err := d.Listener.Accept()
+	return deadlineConn{c, d}, err
+}
+
+type deadlineConn struct {
+	net.Conn
+	*deadlines
+}
+
+func (c deadlineConn) Close() error { return c.Conn.Close() }
+
+func (c deadlineConn) SetReadDeadline(t time.Time) error {
+	c.read <- time.Until(t)
+	return c.Conn.SetReadDeadline(t)
+}
+
+func (c deadlineConn) SetWriteDeadline(t time.Time) error {
+	c.write <- time.Until(t)
+	return c.Conn.SetWriteDeadline(t)
+}
+
+// The connections, in a listener with a limit and a time of the test's own.
+
+func TestConnectionLimit(t *testing.T) {
+	t.Parallel()
+	const reached = `msg="connection limit reached`
+	t.Run("the longest idle gives way", func(t *testing.T) {
+		t.Parallel()
+		s := serveOn(t, 3, time.Nanosecond, handler(t, "*", false))
+		first, second, third := dial(t, s.addr, ""), dial(t, s.addr, ""), dial(t, s.addr, "")
+		for _, c := range []*client{first, second, third, first} {
+			s.ask(t, c)
+		}
+		newest := dial(t, s.addr, "")
+		second.wantClosed(t)
+		for _, c := range []*client{first, third, newest} {
+			s.ask(t, c)
+		}
+		dial(t, s.addr, get+"\r\n").wantAnswer(t, 200)
+		first.wantClosed(t)
+		if log := s.log.String(); strings.Count(log, reached) != 1 || !strings.Contains(log, "max-connections=3") {
+			t.Errorf("got log %q, want one line for two that gave way", log)
+		}
+	})
+	t.Run("half-sent requests lock nobody out", func(t *testing.T) {
+		t.Parallel()
+		s := serveOn(t, 3, time.Nanosecond, handler(t, "*", false))
+		silent, headers, line := dial(t, s.addr, ""), dial(t, s.addr, get), dial(t, s.addr, "GET /hea")
+		dial(t, s.addr, get+"\r\n").wantAnswer(t, 200)
+		silent.wantClosed(t)
+		headers.send(t, "\r\n")
+		headers.wantAnswer(t, 200)
+		for range 3 {
+			dial(t, s.addr, get)
+		}
+		line.wantClosed(t)
+	})
+	t.Run("a request has time to come", func(t *testing.T) {
+		t.Parallel()
+		s := serveOn(t, 2, time.Hour, handler(t, "*", false))
+		kept := dial(t, s.addr, "")
+		s.ask(t, kept)
+		first := dial(t, s.addr, "")
+		waitFor(t, "two connections", func() bool { return s.count(waiting) == 2 })
+		newest := dial(t, s.addr, get+"\r\n")
+		waitFor(t, "the newest to wait", s.ln.crowded.Load)
+		first.send(t, get+"\r\n")
+		if resp, _ := first.wantAnswer(t, 200); !resp.Close {
+			t.Error("got no Connection: close, want the client told to leave while another waits")
+		}
+		first.wantClosed(t)
+		if resp, _ := newest.wantAnswer(t, 200); resp.Close {
+			t.Error("got Connection: close, want the newest kept, for nobody waits any more")
+		}
+		s.ask(t, kept)
+	})
+	t.Run("a request that is answered keeps its place", func(t *testing.T) {
+		t.Parallel()
+		release := make(chan struct{})
+		s := serveOn(t, 1, time.Nanosecond, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { <-release }))
+		busy := dial(t, s.addr, get+"\r\n")
+		waitFor(t, "the handler", func() bool { return s.count(answering) == 1 })
+		newest := dial(t, s.addr, get+"\r\n")
+		waitFor(t, "the newest to wait", s.ln.crowded.Load)
+		waitFor(t, "the log", func() bool { return strings.Contains(s.log.String(), reached) })
+		close(release)
+		busy.wantAnswer(t, 200)
+		newest.wantAnswer(t, 200)
+	})
+	t.Run("an answer that is not taken keeps no place", func(t *testing.T) {
+		t.Parallel()
+		var answers atomic.Int64
+		h := handler(t, "*", false)
+		s := serveOn(t, 3, time.Hour, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			answers.Add(1)
+			h.ServeHTTP(w, r)
+		}))
+		for range 3 {
+			c := dial(t, s.addr, "")
+			c.Conn.(*net.TCPConn).SetReadBuffer(16 << 10)
+			go func() {
+				for {
+					if _, err := io.WriteString(c, get+"\r\n"); err != nil {
+						return
+					}
+				}
+			}()
+		}
+		waitFor(t, "the clients not to read", func() bool {
+			before := answers.Load()
+			time.Sleep(50 * time.Millisecond)
+			return s.count(sending) == 3 && answers.Load() == before
+		})
+		if got := answers.Load(); got > 3*1000 {
+			t.Errorf("got %d answers to clients that never read, want the few that small buffers hold", got)
+		}
+		dial(t, s.addr, get+"\r\n").wantAnswer(t, 200)
+	})
+	t.Run("one that is taken over is no concern", func(t *testing.T) {
+		t.Parallel()
+		s := serveOn(t, 1, time.Hour, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/" {
+				conn, _, err := http.NewResponseController(w).Hijack()
+				if err != nil {
+					t.Error(err)
+				}
+				io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+			}
+		}))
+		dial(t, s.addr, "GET / HTTP/1.1\r\nHost: a.example\r\n\r\n").wantAnswer(t, 200)
+		last := dial(t, s.addr, get+"\r\n")
+		last.wantAnswer(t, 200)
+		last.Close()
+		s.ln.Close()
+		if err := s.ln.wait(t.Context()); err != nil {
+			t.Errorf("got %v, want the end of all others", err)
+		}
+	})
+	t.Run("no time to say why", func(t *testing.T) {
+		t.Parallel()
+		inner, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln := newListener(inner, 1, time.Hour, slog.New(slog.DiscardHandler))
+		defer ln.Close()
+		for _, crowded := range []bool{false, true} {
+			client := dial(t, inner.Addr().String(), "")
+			c, err := ln.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			ln.crowded.Store(crowded)
+			c.(*conn).CloseWrite()
+			client.wantClosed(t)
+			if open := ln.conns.Len(); open == 0 != crowded {
+				t.Errorf("others wait %t: got %d places taken", crowded, open)
+			}
+			c.Close()
+		}
+	})
+}
+
+// TestCloseIdle closes connections in each phase, and one that becomes idle later.
+func TestCloseIdle(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	s := serveOn(t, 10, time.Hour, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/" {
+			<-release
+		}
+	}))
+	silent, begun, idle, next := dial(t, s.addr, ""), dial(t, s.addr, "G"), dial(t, s.addr, ""), dial(t, s.addr, "")
+	s.ask(t, idle)
+	s.ask(t, next)
+	next.send(t, "G")
+	slow := dial(t, s.addr, "GET / HTTP/1.1\r\nHost: a.example\r\n\r\n")
+	waitFor(t, "a byte on two connections, and the handler on one", func() bool {
+		s.ln.mu.Lock()
+		defer s.ln.mu.Unlock()
+		n := 0
+		for place := s.ln.conns.Front(); place != nil; place = place.Next() {
+			if c := place.Value.(*conn); c.phase == waiting && c.begun || c.phase == answering {
+				n++
+			}
+		}
+		return n == 3
+	})
+	s.ln.closeIdle()
+	silent.wantClosed(t)
+	idle.wantClosed(t)
+	for _, c := range []*client{begun, next} {
+		c.send(t, get[1:]+"\r\n")
+		c.wantAnswer(t, 200)
+		c.wantClosed(t)
+	}
+	close(release)
+	slow.wantAnswer(t, 200)
+	slow.wantClosed(t)
+}
+
+// TestHeaderLines sends up to the limit of header lines, and beyond.
+func TestHeaderLines(t *testing.T) {
+	t.Parallel()
+	with := func(lines int) string { return get + strings.Repeat("a:b\r\n", lines-1) } // Host is one
+	const post = "POST / HTTP/1.1\r\nHost: a.example\r\n"
+	for _, tt := range []struct {
+		name, raw string
+		want      []int // codes
+		closed    bool
+	}{
+		{name: "100", raw: with(100) + "\r\n", want: []int{200}},
+		{name: "100, bare line ends", raw: strings.ReplaceAll(with(100)+"\r\n", "\r", ""), want: []int{200}},
+		{name: "101", raw: with(101) + "\r\n", want: []int{400}, closed: true},
+		{name: "101, bare line ends", raw: strings.ReplaceAll(with(101)+"\r\n", "\r", ""), want: []int{400}, closed: true},
+		{name: "without end", raw: with(700), want: []int{400}, closed: true},
+		{name: "pipeline of 124", raw: strings.Repeat("GET /health HTTP/1.1\r\nHost:a\r\n\r\n", 124), want: slices.Repeat([]int{200}, 124)},
+		{name: "pipeline of 100 each", raw: strings.Repeat(with(100)+"\r\n", 20), want: slices.Repeat([]int{200}, 20)},
+		{name: "pipeline that ends in 101", raw: strings.Repeat(get+"\r\n", 20) + with(101) + "\r\n", want: append(slices.Repeat([]int{200}, 20), 400), closed: true},
+		{name: "body of 1,000 lines", raw: post + "Content-Length: 2000\r\n\r\n" + strings.Repeat("x\n", 1000), want: []int{404}, closed: true},
+		{name: "1,000 chunks", raw: post + "Transfer-Encoding: chunked\r\n\r\n" + strings.Repeat("1\r\nx\r\n", 1000) + "0\r\n\r\n", want: []int{404}, closed: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			s := serveOn(t, 10, time.Hour, handler(t, "*", false))
+			c := dial(t, s.addr, "")
+			go io.WriteString(c, tt.raw)
+			for _, code := range tt.want {
+				c.wantAnswer(t, code)
+			}
+			if tt.closed {
+				c.wantClosed(t)
+				return
+			}
+			c.send(t, get+"\r\n")
+			c.wantAnswer(t, 200)
+		})
+	}
+}
+
+// TestAcceptErrors lets accept(2) fail, once for each error and then as often as it likes.
+func TestAcceptErrors(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		errs    []error
+		wantLog string
+	}{
+		{[]error{syscall.ENOMEM, syscall.ENOBUFS, syscall.EPROTO, syscall.ENETDOWN, syscall.EPERM, errors.New("anything")}, `msg="cannot accept connections, trying again" err="accept tcp: accept: cannot allocate memory"`},
+		{[]error{syscall.EMFILE, syscall.ENFILE}, `msg="out of file descriptors, the longest waiting give way; raise ulimit -n (LimitNOFILE)" err="accept tcp: accept: too many open files"`},
+	} {
+		t.Run(tt.errs[0].Error(), func(t *testing.T) {
+			t.Parallel()
+			s := serveOn(t, 10, time.Hour, handler(t, "*", false), tt.errs...)
+			c := dial(t, s.addr, get+"\r\n")
+			c.wantAnswer(t, 200)
+			if log := s.log.String(); strings.Count(log, "\n") != 1 || !strings.Contains(log, tt.wantLog) {
+				t.Errorf("got log %q, want one line with %q", log, tt.wantLog)
+			}
+		})
+	}
+	t.Run("out of descriptors, the longest waiting gives way", func(t *testing.T) {
+		t.Parallel()
+		s := serveOn(t, 10, time.Nanosecond, handler(t, "*", false))
+		idle, kept := dial(t, s.addr, ""), dial(t, s.addr, "")
+		s.ask(t, idle)
+		s.ask(t, kept)
+		s.inner.fail(syscall.EMFILE)
+		dial(t, s.addr, get+"\r\n").wantAnswer(t, 200) // accepted, so that the next accept fails
+		idle.wantClosed(t)
+		s.ask(t, kept)
+	})
+	t.Run("the listener closes", func(t *testing.T) {
+		t.Parallel()
+		s := serveOn(t, 10, time.Hour, handler(t, "*", false), slices.Repeat([]error{syscall.ENOMEM}, 1000)...)
+		waitFor(t, "the first error", func() bool { return s.log.String() != "" })
+		s.ln.Close()
+		<-s.served
+	})
+}
+
+// TestHostileClients sends what no HTTP library would. Each gets a 4xx, or what such a request
+// may get, or a closed connection, at once; and the next client its answer.
 func TestHostileClients(t *testing.T) {
 	t.Parallel()
 	p := start(t, nil)
+	const kept, closed = "kept", "closed"
 	for _, tt := range []struct {
 		name, raw string
-		want      []int  // codes of the answers, in order
-		then      string // the connection is closed, kept, or held until the body's time is over
+		want      []int // codes of the answers, in order
+		then      string
 	}{
-		{"two lengths", get + "Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", []int{400}, "closed"},
-		{"length with chunked", get + "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get + "\r\n", []int{200}, "closed"},
-		{"length with chunked elsewhere", "POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get + "\r\n", []int{404}, "closed"},
+		{name: "two lengths", raw: get + "Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", want: []int{400}, then: closed},
+		{name: "length with chunked", raw: get + "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get + "\r\n", want: []int{200}, then: closed},
+		{name: "length with chunked elsewhere", raw: "POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get + "\r\n", want: []int{404}, then: closed},
 		// The two 5xx that net/http itself sends: RFC 9112, section 6.1, and RFC 9110, section 15.6.6.
-		{"chunked twice", get + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", []int{501}, "closed"},
-		{"HTTP/3.0", "GET /health HTTP/3.0\r\nHost: a.example\r\n\r\n", []int{505}, "closed"},
-		{"negative length", get + "Content-Length: -1\r\n\r\n", []int{400}, "closed"},
-		{"space before the colon", get + "Content-Length : 1\r\n\r\na", []int{400}, "closed"},
-		{"folded header", get + " folded: 1\r\n\r\n", []int{400}, "closed"},
-		{"NUL in a header", get + "X: a\x00b\r\n\r\n", []int{400}, "closed"},
-		{"NUL in the path", "GET /hea\x00lth HTTP/1.1\r\nHost: a.example\r\n\r\n", []int{400}, "closed"},
-		{"two hosts", get + "Host: b.example\r\n\r\n", []int{400}, "closed"},
-		{"no host", "GET /health HTTP/1.1\r\n\r\n", []int{400}, "closed"},
-		{"TLS", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", []int{400}, "closed"},
-		{"HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", []int{400}, "closed"},
-		{"no version", "GET /health\r\n\r\n", []int{400}, "closed"},
-		{"15 KB of headers", get + "Cookie: " + strings.Repeat("x", 15<<10) + "\r\n\r\n", []int{200}, "kept"},
-		{"21 KB of headers", get + "Cookie: " + strings.Repeat("x", 21<<10) + "\r\n\r\n", []int{431}, "closed"}, // net/http adds 4 KiB to the 16
-		{"200 KB of headers", get + "Cookie: " + strings.Repeat("x", 200<<10) + "\r\n\r\n", []int{431}, "closed"},
-		{"endless path", "GET /" + strings.Repeat("x", 200<<10), []int{431}, "closed"},
-		{"half and gone", get, nil, "held"},
-		{"body that never comes", get + "Content-Length: 10\r\n\r\n", []int{200}, "held"},
-		{"pipelining", get + "\r\n" + get + "\r\n" + get + "\r\n", []int{200, 200, 200}, "kept"},
-		{"HTTP/1.0", "GET /health HTTP/1.0\r\n\r\n", []int{200}, "closed"},
-		{"HTTP/1.0 kept", "GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", []int{200}, "kept"},
+		{name: "chunked twice", raw: get + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", want: []int{501}, then: closed},
+		{name: "HTTP/3.0", raw: "GET /health HTTP/3.0\r\nHost: a.example\r\n\r\n", want: []int{505}, then: closed},
+		{name: "negative length", raw: get + "Content-Length: -1\r\n\r\n", want: []int{400}, then: closed},
+		{name: "space before the colon", raw: get + "Content-Length : 1\r\n\r\na", want: []int{400}, then: closed},
+		{name: "folded header", raw: get + " folded: 1\r\n\r\n", want: []int{400}, then: closed},
+		{name: "NUL in a header", raw: get + "X: a\x00b\r\n\r\n", want: []int{400}, then: closed},
+		{name: "NUL in the path", raw: "GET /hea\x00lth HTTP/1.1\r\nHost: a.example\r\n\r\n", want: []int{400}, then: closed},
+		{name: "two hosts", raw: get + "Host: b.example\r\n\r\n", want: []int{400}, then: closed},
+		{name: "no host", raw: "GET /health HTTP/1.1\r\n\r\n", want: []int{400}, then: closed},
+		{name: "TLS", raw: "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", want: []int{400}, then: closed},
+		{name: "HTTP/2", raw: "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", want: []int{400}, then: closed},
+		{name: "no version", raw: "GET /health\r\n\r\n", want: []int{400}, then: closed},
+		{name: "empty line first", raw: "\r\n" + get + "\r\n", want: []int{400}, then: closed}, // RFC 9112, section 2.2, would have it left out; net/http does not
+		{name: "15 KB of headers", raw: get + "Cookie: " + strings.Repeat("x", 15<<10) + "\r\n\r\n", want: []int{200}, then: kept},
+		{name: "20 KB of headers", raw: get + "Cookie: " + strings.Repeat("x", 20<<10-len(get)-12) + "\r\n\r\n", want: []int{200}, then: kept},
+		{name: "21 KB of headers", raw: get + "Cookie: " + strings.Repeat("x", 21<<10) + "\r\n\r\n", want: []int{431}, then: closed}, // net/http adds 4 KiB to the 16
+		{name: "200 KB of headers", raw: get + "Cookie: " + strings.Repeat("x", 200<<10) + "\r\n\r\n", want: []int{431}, then: closed},
+		{name: "endless path", raw: "GET /" + strings.Repeat("x", 200<<10), want: []int{431}, then: closed},
+		{name: "pipelining", raw: get + "\r\n" + get + "\r\n" + get + "\r\n", want: []int{200, 200, 200}, then: kept},
+		{name: "body that never comes", raw: get + "Content-Length: 10\r\n\r\n", want: []int{200}, then: closed},
+		{name: "HTTP/1.0", raw: "GET /health HTTP/1.0\r\n\r\n", want: []int{200}, then: closed},
+		{name: "HTTP/1.0 kept", raw: "GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", want: []int{200}, then: kept},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -931,9 +1322,9 @@ func TestHostileClients(t *testing.T) {
 				c.wantAnswer(t, code)
 			}
 			switch tt.then {
-			case "closed":
+			case closed:
 				c.wantClosed(t)
-			case "kept":
+			case kept:
 				c.send(t, get+"\r\n")
 				c.wantAnswer(t, 200)
 			}
@@ -943,6 +1334,8 @@ func TestHostileClients(t *testing.T) {
 		})
 	}
 }
+
+// What it costs.
 
 // discard is a ResponseWriter that costs nothing.
 type discard struct{ header http.Header }
@@ -1027,7 +1420,7 @@ func FuzzHandler(f *testing.F) {
 		health := u.Path == "/health" && (method == "GET" || method == "HEAD")
 		switch code := rec.Code; {
 		case code == 200 && health && !drain, code == 503 && health && drain:
-		case code == 204 && method == "OPTIONS" && asks != "", code == 404 && !health, code == 405 && !health, code >= 300 && code < 400 && !health:
+		case code == 204 && method == "OPTIONS" && asks != "", code == 404 && !health, code == 405 && !health:
 		case code == 400 && target == "*": // ServeMux's own, for what is no path
 		default:
 			t.Errorf("got code %d", code)
@@ -1092,4 +1485,377 @@ func FuzzOrigins(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Helpers: handlers and servers in the test, the program in a process of its own, clients.
+
+// handler returns the handler for an allow list, in one of its two states.
+func handler(tb testing.TB, list string, drain bool) http.Handler {
+	tb.Helper()
+	origins, err := parseOrigins(list)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	draining := func() bool { return drain }
+	return newHandler(routes(draining), origins, draining)
+}
+
+// server is the service's server and listener, without a process.
+type server struct {
+	addr   string
+	ln     *listener
+	inner  *failing // beneath ln
+	log    *logBuffer
+	served chan struct{} // closed when Serve has returned
+}
+
+// serveOn serves h on loopback with a limit and a time of the test's own. The first calls of
+// accept return errs.
+func serveOn(t *testing.T, limit int, grace time.Duration, h http.Handler, errs ...error) *server {
+	t.Helper()
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &server{addr: tcp.Addr().String(), inner: &failing{Listener: tcp, errs: errs}, log: &logBuffer{}, served: make(chan struct{})}
+	log := slog.New(slog.NewTextHandler(s.log, nil))
+	s.ln = newListener(s.inner, limit, grace, log)
+	srv := newServer(closeWhile(s.ln.crowded.Load, h), log)
+	srv.ConnState = s.ln.connState
+	srv.WriteTimeout = 0 // what is not taken is the listener's to end
+	go func() {
+		srv.Serve(s.ln)
+		close(s.served)
+	}()
+	t.Cleanup(func() { srv.Close() })
+	return s
+}
+
+// count returns how many connections are in a phase.
+func (s *server) count(p phase) (n int) {
+	s.ln.mu.Lock()
+	defer s.ln.mu.Unlock()
+	for place := s.ln.conns.Front(); place != nil; place = place.Next() {
+		if place.Value.(*conn).phase == p {
+			n++
+		}
+	}
+	return n
+}
+
+// ask sends a request on c and returns when the answer has come and the server waits for the
+// next request.
+func (s *server) ask(t *testing.T, c *client) {
+	t.Helper()
+	c.send(t, get+"\r\n")
+	c.wantAnswer(t, 200)
+	waitFor(t, "the server to wait for the next request", func() bool {
+		s.ln.mu.Lock()
+		defer s.ln.mu.Unlock()
+		for place := s.ln.conns.Front(); place != nil; place = place.Next() {
+			if theirs := place.Value.(*conn); theirs.RemoteAddr().String() == c.LocalAddr().String() {
+				return theirs.phase == waiting
+			}
+		}
+		return false
+	})
+}
+
+// failing is a listener with errors to return first.
+type failing struct {
+	net.Listener
+	mu   sync.Mutex
+	errs []error
+}
+
+func (f *failing) Accept() (net.Conn, error) {
+	f.mu.Lock()
+	if len(f.errs) > 0 {
+		err := f.errs[0]
+		f.errs = f.errs[1:]
+		f.mu.Unlock()
+		return nil, &net.OpError{Op: "accept", Net: "tcp", Err: os.NewSyscallError("accept", err)}
+	}
+	f.mu.Unlock()
+	return f.Listener.Accept()
+}
+
+func (f *failing) fail(errs ...error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.errs = errs
+}
+
+func (f *failing) Close() error {
+	f.fail()
+	return f.Listener.Close()
+}
+
+// logBuffer is a log that is read while it is written.
+type logBuffer struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// waitFor waits until ok and says what it waited for if that does not come.
+func waitFor(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited %v for %s", patience, what)
+		}
+	}
+}
+
+// process is the program in a process of its own: the test binary again, which TestMain turns
+// into main.
+type process struct {
+	*exec.Cmd
+	addr, url, settings string        // as it logs them
+	log                 <-chan string // its standard error by lines, closed at the end
+	stderr              io.Closer     // the reading end
+}
+
+// command returns the program with no environment but env, and what keeps the coverage and the
+// race detector of the test binary quiet.
+func command(t *testing.T, env []string, args ...string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append([]string{"TEST_BE_THE_PROGRAM=1", "GOCOVERDIR=" + t.TempDir(), "GORACE=atexit_sleep_ms=0"}, env...)
+	return cmd
+}
+
+// start runs the program on a free loopback port and returns once it listens.
+func start(t *testing.T, env []string, args ...string) *process {
+	t.Helper()
+	p := follow(t, command(t, append([]string{"HOST=127.0.0.1", "PORT=0"}, env...), args...))
+	p.listening(t)
+	return p
+}
+
+// follow starts a program and reads its log.
+func follow(t *testing.T, cmd *exec.Cmd) *process {
+	t.Helper()
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	return &process{Cmd: cmd, stderr: stderr, log: readLines(stderr)}
+}
+
+// readLines returns the lines of r, with room for those that nobody waits for.
+func readLines(r io.Reader) <-chan string {
+	lines := make(chan string, 200)
+	go func() {
+		defer close(lines)
+		for s := bufio.NewScanner(r); s.Scan(); {
+			lines <- s.Text()
+		}
+	}()
+	return lines
+}
+
+// listening returns once the program says where it listens.
+func (p *process) listening(t *testing.T) {
+	t.Helper()
+	_, rest, _ := strings.Cut(p.waitFor(t, "msg=listening"), " addr=")
+	p.addr, rest, _ = strings.Cut(rest, " url=")
+	p.url, p.settings, _ = strings.Cut(rest, " ")
+}
+
+// waitFor returns the next line of the log that has text.
+func (p *process) waitFor(t *testing.T, text string) string {
+	t.Helper()
+	var seen []string
+	for timeout := time.After(patience); ; {
+		select {
+		case line, ok := <-p.log:
+			if ok && strings.Contains(line, text) {
+				return line
+			}
+			if seen = append(seen, line); !ok {
+				t.Fatalf("the program ended; got log %q, want a line with %q", seen, text)
+			}
+		case <-timeout:
+			t.Fatalf("got log %q, want a line with %q", seen, text)
+		}
+	}
+}
+
+// exit waits for the end and returns the exit code and the rest of the log.
+func (p *process) exit(t *testing.T) (code int, log []string) {
+	t.Helper()
+	for timeout := time.After(patience); ; {
+		select {
+		case line, ok := <-p.log:
+			if !ok {
+				p.Wait()
+				return p.ProcessState.ExitCode(), log
+			}
+			log = append(log, line)
+		case <-timeout:
+			t.Fatalf("still running; got log %q", log)
+		}
+	}
+}
+
+func (p *process) signal(t *testing.T, s os.Signal) {
+	t.Helper()
+	if err := p.Process.Signal(s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// opened waits until the program accepts connections, and closed until it no longer does.
+func (p *process) opened(t *testing.T) {
+	t.Helper()
+	waitFor(t, "the listener", func() bool { return p.accepts() })
+}
+
+func (p *process) closed(t *testing.T) {
+	t.Helper()
+	waitFor(t, "the listener to close", func() bool { return !p.accepts() })
+}
+
+func (p *process) accepts() bool {
+	conn, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
+}
+
+func (p *process) get(t *testing.T, path string) (resp *http.Response, body string) {
+	t.Helper()
+	req, err := http.NewRequest("GET", "http://"+p.addr+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Origin", "https://a.example")
+	return do(t, req)
+}
+
+func (p *process) dial(t *testing.T, raw string) *client {
+	t.Helper()
+	return dial(t, p.addr, raw)
+}
+
+// do sends req on a connection of its own.
+func do(t *testing.T, req *http.Request) (resp *http.Response, body string) {
+	t.Helper()
+	client := http.Client{Transport: &http.Transport{}, Timeout: patience}
+	defer client.CloseIdleConnections()
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp, string(b)
+}
+
+// client is a connection that sends what it likes, when it likes.
+type client struct {
+	net.Conn
+	answers *bufio.Reader
+}
+
+// dial opens a connection and sends raw.
+func dial(t *testing.T, addr, raw string) *client {
+	t.Helper()
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(patience))
+	c := &client{conn, bufio.NewReader(conn)}
+	c.send(t, raw)
+	return c
+}
+
+func (c *client) send(t *testing.T, raw string) {
+	t.Helper()
+	if _, err := io.WriteString(c, raw); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantAnswer reads the next answer and its body.
+func (c *client) wantAnswer(t *testing.T, code int) (resp *http.Response, body string) {
+	t.Helper()
+	resp, err := http.ReadResponse(c.answers, nil)
+	if err != nil {
+		t.Fatalf("got error %v, want a %d", err, code)
+	}
+	b, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != code {
+		t.Errorf("got %d and error %v, want a %d", resp.StatusCode, err, code)
+	}
+	return resp, string(b)
+}
+
+// wantClosed waits for the end of the connection.
+func (c *client) wantClosed(t *testing.T) {
+	t.Helper()
+	n, err := c.answers.Read(make([]byte, 1))
+	if n > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("got %d bytes more and error %v, want a closed connection", n, err)
+	}
+}
+
+// freePort returns a port on which nobody listens now.
+func freePort(t *testing.T) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	_, port, _ := net.SplitHostPort(ln.Addr().String())
+	return port
+}
+
+// fullPipe returns the writing end of a pipe that is full and that nobody empties.
+func fullPipe(t *testing.T) *os.File {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		r.Close()
+		w.Close()
+	})
+	for err == nil {
+		w.SetWriteDeadline(time.Now().Add(10 * time.Millisecond))
+		_, err = w.Write(make([]byte, 4096)) // bytes that the kernel takes whole or not at all
+	}
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal(err)
+	}
+	return w
 }
