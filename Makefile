@@ -1,8 +1,10 @@
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+EDITORCONFIG := github.com/editorconfig-checker/editorconfig-checker/v3/cmd/editorconfig-checker@v3.6.1
 BENCHSTAT := golang.org/x/perf/cmd/benchstat@v0.0.0-20260908200009-22c9c6c9d4da
 BINARY := bin/whatsapp-contact-processor
 IMAGE := whatsapp-contact-processor:1.0.0
 ROUNDS := 8
+FUZZTIME := 20s
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -12,6 +14,13 @@ run: build ## serve on port 5034 until Ctrl-C
 
 test: ## run the tests
 	go test -cover ./...
+
+race: ## run the tests 20 times with the race detector, in any order
+	go test -race -count=20 -shuffle=on ./...
+
+fuzz: ## send the handler and the allow list what nobody thought of, FUZZTIME each
+	go test -run '^$$' -fuzz FuzzHandler -fuzztime $(FUZZTIME) .
+	go test -run '^$$' -fuzz FuzzOrigins -fuzztime $(FUZZTIME) .
 
 bench: ## time the handler, and the program beside a bare net/http server
 	@mkdir -p bin && rm -f bin/bench.txt
@@ -28,10 +37,11 @@ bench: ## time the handler, and the program beside a bare net/http server
 build: ## make the static binary bin/whatsapp-contact-processor
 	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o $(BINARY) .
 
-lint: ## check with gofmt, vet and staticcheck
+lint: ## check with gofmt, vet, staticcheck and .editorconfig
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt wants: $$unformatted"; exit 1; }
 	go vet ./...
 	go run $(STATICCHECK) ./...
+	go run $(EDITORCONFIG) $(shell git ls-files)
 
 image: ## build the container image
 	docker build -t $(IMAGE) .
@@ -39,4 +49,4 @@ image: ## build the container image
 clean: ## remove what build made
 	rm -rf bin
 
-.PHONY: help run test bench build lint image clean
+.PHONY: help run test race fuzz bench build lint image clean

@@ -14,103 +14,230 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 )
 
-// TestCrowd sends crowds at the container of the README's Docker block and asks beside
-// them as a probe does. It needs a machine to itself: TestDocker has built the image.
-func TestCrowd(t *testing.T) {
-	long := "Cookie: " + strings.Repeat("x", 15<<10) + "\r\n"
-	for _, tt := range []struct {
-		name    string
-		clients int
-		join    func(ctx context.Context, addr string) (answers int)
-		steady  bool // every place is taken all the time: no more give way than have to
-		lossy   bool // probes may fail: two cores can be too busy to hear a new one in its time, and it may have to give way
-	}{
-		{"5,000 that send one request and keep the connection", 5000, waits(request + "\r\n"), true, false},
-		{"5,000 with headers that never end", 5000, waits(request), false, false},
-		{"5,000 with 15 KB of headers that never end", 5000, waits(request + long), false, false},
-		{"5,000 with a body that never comes", 5000, waits(request + "Content-Length: 10\r\n\r\n"), false, false},
-		{"1,000 busy ones", 1000, asks(request + "\r\n"), true, false},
-		{"1,000 busy ones with 15 KB of headers", 1000, asks(request + long + "\r\n"), false, true},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			c := startContainer(t)
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-			defer cancel()
-			var crowd sync.WaitGroup
-			var answers atomic.Int64
-			for i := range tt.clients {
-				crowd.Go(func() {
-					time.Sleep(2 * time.Second * time.Duration(i) / time.Duration(tt.clients))
-					answers.Add(int64(tt.join(ctx, c.addr)))
-				})
-			}
-			times, failed, files := c.probe(ctx)
-			crowd.Wait()
-			state := output(t, "docker", "inspect", "--format", "{{.State.Status}}, killed for memory: {{.State.OOMKilled}}", c.id)
-			if state != "running, killed for memory: false" || len(failed) > 0 && !tt.lossy {
-				t.Errorf("got the container %s and %d probes failed, want it running and none: %q", state, len(failed), failed)
-			}
-			full := files[len(files)/4:] // the crowd is there after 2 of 20 s
-			most, fewest := slices.Max(files), slices.Min(full)
-			if most > c.limit+1+10 { // the one that waits to get in; the listener, the log and the like
-				t.Errorf("got %d open files, want no more than %d connections", most, c.limit)
-			}
-			if least := c.limit * 98 / 100; tt.steady && fewest < least { // a few are just changing hands
-				t.Errorf("got %d open files at a time, want %d connections or more all the time", fewest, least)
-			}
-			t.Logf("%d probes, %d failed, median %v, slowest %v; %d other answers; %d to %d open files; memory: %.0f MiB at most of %.0f",
-				len(times), len(failed), times[len(times)/2], times[len(times)-1], answers.Load(), fewest, most, c.peak(t)/(1<<20), c.memory/(1<<20))
-		})
+// crowds are those that TestCrowd sends, by name.
+func crowds() []crowd {
+	var (
+		whole    = request + "\r\n"
+		cookies  = request + "Cookie: " + strings.Repeat("x", 15<<10) + "\r\n"
+		tooLarge = request + "Cookie: " + strings.Repeat("x", 30<<10) + "\r\n"
+		tiny     = request + strings.Repeat("a:b\r\n", 19<<10/5)
+		body     = request + "Content-Length: 10\r\n\r\n"
+		garbage  = strings.Repeat("\x16\x03\x01\x00\xff\n", 100)
+	)
+	return []crowd{
+		{name: "5,000 send one request and keep the connection", clients: 5000, join: waits(whole)},
+		{name: "5,000 send headers that never end", clients: 5000, join: waits(request)},
+		{name: "5,000 send 15 KB of headers that never end", clients: 5000, join: waits(cookies)},
+		{name: "5,000 send 19 KB of tiny headers that never end", clients: 5000, join: waits(tiny)},
+		{name: "5,000 send 30 KB of headers", clients: 5000, join: waits(tooLarge)},
+		{name: "5,000 announce a body that never comes", clients: 5000, join: waits(body)},
+		{name: "1,000 ask again and again", clients: 1000, join: asks(whole)},
+		{name: "1,000 ask again and again with 15 KB of headers", clients: 1000, join: asks(cookies + "\r\n")},
+		{name: "1,000 ask again and again with 19 KB of tiny headers", clients: 1000, join: asks(tiny + "\r\n")},
+		{name: "1,000 ask again and again with 30 KB of headers", clients: 1000, join: asks(tooLarge + "\r\n")},
+		{name: "1,000 send garbage again and again", clients: 1000, join: asks(garbage)},
+		{name: "1,000 reset the connection again and again", clients: 1000, join: resets(request)},
+		{name: "1,000 ask without end and never read", clients: 1000, join: floods(whole, 0)},
+		{name: "5,000 ask without end and never read", clients: 5000, join: floods(whole, 0)},
+		{name: "1,000 ask without end and read a byte every 100 ms", clients: 1000, join: floods(whole, 100*time.Millisecond)},
+		{name: "5,000 ask without end and read a byte every 100 ms", clients: 5000, join: floods(whole, 100*time.Millisecond)},
 	}
 }
 
-// waits returns a client that sends raw, waits until it is cut off, and comes back 5 s later.
-func waits(raw string) func(context.Context, string) int {
-	return func(ctx context.Context, addr string) (answers int) {
+type crowd struct {
+	name    string
+	clients int
+	join    func(ctx context.Context, addr string)
+}
+
+// crowdTime is how long a crowd stays, and crowdComes how long its clients take to come.
+const crowdTime, crowdComes = 12 * time.Second, 2 * time.Second
+
+// beCrowd is the whole program of the process that TestCrowd starts: a crowd has a process of
+// its own, as it has outside, and so does not keep the probe from its own work.
+func beCrowd(name, addr string) {
+	ctx, cancel := context.WithTimeout(context.Background(), crowdTime)
+	defer cancel()
+	all := crowds()
+	c := all[slices.IndexFunc(all, func(c crowd) bool { return c.name == name })]
+	var clients sync.WaitGroup
+	for i := range c.clients {
+		clients.Go(func() {
+			time.Sleep(crowdComes * time.Duration(i) / time.Duration(c.clients))
+			c.join(ctx, addr)
+		})
+	}
+	clients.Wait()
+}
+
+// TestCrowd sends crowds at the container of the README's Docker block and asks beside them as
+// a probe does; then it does the same without GOMEMLIMIT, to show what that is good for. It
+// needs a machine to itself: TestDocker has built the image.
+func TestCrowd(t *testing.T) {
+	for _, tt := range crowds() {
+		for _, limit := range []string{"-e GOMEMLIMIT=100MiB ", ""} {
+			name := tt.name
+			if limit == "" {
+				name += ", no GOMEMLIMIT"
+			}
+			t.Run(name, func(t *testing.T) {
+				c := startContainer(t, limit)
+				ctx, cancel := context.WithTimeout(t.Context(), crowdTime)
+				defer cancel()
+				crowd := exec.Command(os.Args[0])
+				crowd.Env = append(os.Environ(), "CI_BE_CROWD="+tt.name, "CI_ADDR="+c.addr)
+				if err := crowd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				var kept keptClient
+				var beside sync.WaitGroup
+				beside.Go(func() { kept.ask(ctx, c.addr) })
+				times, failed, files := c.probe(ctx)
+				beside.Wait()
+				crowd.Wait()
+				state := output(t, "docker", "inspect", "--format", "{{.State.Status}}, killed for memory: {{.State.OOMKilled}}", c.id)
+				if state != "running, killed for memory: false" || len(failed) > 0 {
+					t.Errorf("got the container %s and %d probes failed, want it running and none: %q", state, len(failed), failed)
+				}
+				if files > c.limit+1+10 { // the one that waits to get in; the listener, the log and the like
+					t.Errorf("got %d open files, want no more than %d connections", files, c.limit)
+				}
+				t.Logf("%d probes, %d failed, median %v, slowest %v; %v; %d open files at most; memory: %.0f MiB at most of %.0f",
+					len(times), len(failed), times[len(times)/2].Round(time.Millisecond), times[len(times)-1].Round(time.Millisecond), &kept, files, c.peak(t)/(1<<20), c.memory/(1<<20))
+			})
+		}
+	}
+}
+
+// join opens a connection that ends with ctx, or none.
+func join(ctx context.Context, addr string) net.Conn {
+	dialer := net.Dialer{Timeout: 5 * time.Second}
+	conn, err := dialer.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil
+	}
+	context.AfterFunc(ctx, func() { conn.Close() })
+	return conn
+}
+
+// waits returns a client that sends raw, waits until it is cut off, and soon comes back.
+func waits(raw string) func(context.Context, string) {
+	return func(ctx context.Context, addr string) {
 		for ctx.Err() == nil {
-			conn, err := net.DialTimeout("tcp", addr, 5*time.Second)
-			if err == nil {
-				stop := context.AfterFunc(ctx, func() { conn.Close() })
+			if conn := join(ctx, addr); conn != nil {
 				io.WriteString(conn, raw)
 				io.Copy(io.Discard, conn)
-				stop()
 				conn.Close()
 			}
 			select {
 			case <-ctx.Done():
-			case <-time.After(5 * time.Second):
+			case <-time.After(100 * time.Millisecond):
 			}
 		}
-		return 0
 	}
 }
 
-// asks returns a client that sends raw again with each answer, and connects again when
-// it had to give way.
-func asks(raw string) func(context.Context, string) int {
-	return func(ctx context.Context, addr string) (answers int) {
+// asks returns a client that sends raw again with each answer, and connects again when it is
+// told to leave or cut off.
+func asks(raw string) func(context.Context, string) {
+	return func(ctx context.Context, addr string) {
 		for ctx.Err() == nil {
-			conn, err := net.DialTimeout("tcp", addr, 5*time.Second)
-			if err != nil {
+			conn := join(ctx, addr)
+			if conn == nil {
 				continue
 			}
-			for reader := bufio.NewReader(conn); ctx.Err() == nil; answers++ {
-				conn.SetDeadline(time.Now().Add(patience))
+			for answers := bufio.NewReader(conn); ; {
 				io.WriteString(conn, raw)
-				resp, err := http.ReadResponse(reader, nil)
+				resp, err := http.ReadResponse(answers, nil)
 				if err != nil {
 					break
 				}
 				io.Copy(io.Discard, resp.Body)
+				if resp.Close {
+					break
+				}
 			}
 			conn.Close()
 		}
-		return answers
+	}
+}
+
+// resets returns a client that sends raw and resets the connection, again and again.
+func resets(raw string) func(context.Context, string) {
+	return func(ctx context.Context, addr string) {
+		for ctx.Err() == nil {
+			if conn := join(ctx, addr); conn != nil {
+				io.WriteString(conn, raw)
+				conn.(*net.TCPConn).SetLinger(0)
+				conn.Close()
+			}
+		}
+	}
+}
+
+// floods returns a client that sends raw without end and reads a byte each time that pause has
+// gone by, or never if that is 0. It connects again when it is cut off.
+func floods(raw string, pause time.Duration) func(context.Context, string) {
+	return func(ctx context.Context, addr string) {
+		for ctx.Err() == nil {
+			conn := join(ctx, addr)
+			if conn == nil {
+				continue
+			}
+			if pause > 0 {
+				go func() {
+					for one := make([]byte, 1); ; time.Sleep(pause) {
+						if _, err := conn.Read(one); err != nil {
+							return
+						}
+					}
+				}()
+			}
+			for {
+				if _, err := io.WriteString(conn, raw); err != nil {
+					break
+				}
+			}
+			conn.Close()
+		}
+	}
+}
+
+// keptClient is a client that asks five times a second on a kept connection, as a balancer may.
+type keptClient struct {
+	answers, left, cut int // requests that were answered, answers that told it to leave, requests that got no answer
+}
+
+func (k *keptClient) String() string {
+	return fmt.Sprintf("a kept connection: %d answers, %d told it to leave, cut off %d times", k.answers, k.left, k.cut)
+}
+
+func (k *keptClient) ask(ctx context.Context, addr string) {
+	for ctx.Err() == nil {
+		conn := join(ctx, addr)
+		if conn == nil {
+			continue
+		}
+		for answers := bufio.NewReader(conn); ; time.Sleep(200 * time.Millisecond) {
+			_, leave, err := exchange(conn, answers, "/health")
+			if ctx.Err() != nil {
+				break
+			}
+			if err != nil {
+				k.cut++
+				break
+			}
+			k.answers++
+			if leave {
+				k.left++
+				break
+			}
+		}
+		conn.Close()
 	}
 }
 
@@ -122,9 +249,11 @@ type container struct {
 	memory   float64 // bytes
 }
 
-func startContainer(t *testing.T) *container {
+// startContainer runs the README's line with other memory options for Go.
+func startContainer(t *testing.T, goMemory string) *container {
 	t.Helper()
-	c := &container{id: output(t, "bash", "-euc", dockerRun(t, ""))}
+	line := replace(t, dockerRun(t, ""), "-e GOMEMLIMIT=100MiB ", goMemory)
+	c := &container{id: output(t, "bash", "-euc", line)}
 	t.Cleanup(func() { exec.Command("docker", "rm", "-f", c.id).Run() })
 	fields := strings.Fields(output(t, "docker", "inspect", "--format", "{{.NetworkSettings.IPAddress}} {{.State.Pid}} {{.HostConfig.Memory}}", c.id))
 	c.addr, c.proc = net.JoinHostPort(fields[0], "5034"), "/proc/"+fields[1]
@@ -134,13 +263,13 @@ func startContainer(t *testing.T) *container {
 	return c
 }
 
-// probe asks ten times a second, with a probe's patience of 2 s, until ctx ends, and
-// counts the open files meanwhile.
-func (c *container) probe(ctx context.Context) (times []time.Duration, failed []string, files []int) {
+// probe asks ten times a second, with a probe's patience of 2 s, until ctx ends. It returns how long
+// that took each time, what went wrong, and the most files that were open at a time.
+func (c *container) probe(ctx context.Context) (times []time.Duration, failed []string, files int) {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 2 * time.Second}
 	for tick := time.NewTicker(100 * time.Millisecond); ctx.Err() == nil; <-tick.C {
 		open, _ := os.ReadDir(c.proc + "/fd") // first: after the answer the crowd may have left
-		files = append(files, len(open))
+		files = max(files, len(open))
 		began := time.Now()
 		resp, err := client.Get("http://" + c.addr + "/health")
 		if err == nil {

@@ -8,12 +8,12 @@ import (
 	"testing"
 )
 
-// dockerRun returns the README's line that starts a container, with options instead of
-// its name and port.
+// dockerRun returns the README's command that starts a container, with options instead of its
+// name and port.
 func dockerRun(t *testing.T, options string) string {
 	t.Helper()
-	line := regexp.MustCompile(`(?m)^docker run .*`).FindString(block(t, "sh docker"))
-	return replace(t, line, "--name contact-processor -p 5034:5034", options)
+	command := regexp.MustCompile(`(?m)^docker run (.*\\\n)*.*`).FindString(block(t, "sh docker"))
+	return replace(t, command, "--name contact-processor -p 5034:5034", options)
 }
 
 // TestDocker runs the README's block as it stands, then holds the image and a
@@ -43,8 +43,15 @@ func TestDocker(t *testing.T) {
 	health("contact-processor-drain", "healthy")
 	run("docker kill --signal TERM contact-processor-drain")
 	health("contact-processor-drain", "unhealthy")
+	run("docker kill --signal TERM contact-processor-drain") // as a second docker stop does; it changes nothing
 	if code := run("docker wait contact-processor-drain"); code != "0" {
 		t.Errorf("drained: got exit code %s, want 0", code)
+	}
+	if log := run("docker logs contact-processor-drain 2>&1"); strings.Count(log, "msg=draining") != 1 || !strings.Contains(log, "msg=stopped") {
+		t.Errorf("drained: got log %s, want one drain, to its end", log)
+	}
+	if out := run(replace(t, dockerRun(t, "--rm -e PORT=0"), "docker run -d", "docker run") + " -probe || echo exit code $?"); !strings.Contains(out, "-probe wants the -port (PORT) that the service listens on") || !strings.Contains(out, "exit code 64") {
+		t.Errorf("probe of port 0: got %q, want exit code 64 and what is right", out)
 	}
 
 	image := "whatsapp-contact-processor:1.0.0"

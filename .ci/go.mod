@@ -1,3 +1,5 @@
 module ci
 
-go 1.26.0
+go 1.26
+
+require github.com/yuin/goldmark v1.8.7

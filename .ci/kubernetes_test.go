@@ -22,7 +22,7 @@ import (
 // TestKubeScore lets kube-score read the README's block as it stands.
 func TestKubeScore(t *testing.T) {
 	t.Parallel()
-	file := write(t, "kubernetes.yaml", block(t, "yaml kubernetes"))
+	file := write(t, "kubernetes.yaml", block(t, "yaml contact-processor.yaml"))
 	t.Log(output(t, "go", "run", "github.com/zegl/kube-score/cmd/kube-score@v1.20.0", "score", file))
 }
 
@@ -39,7 +39,7 @@ func TestKubernetes(t *testing.T) {
 	if os.Getenv("KUBECONFIG") == "" {
 		t.Fatal("KUBECONFIG is not set: let .ci/cluster/with run this, or name a single-node cluster on this machine")
 	}
-	c := &cluster{t, write(t, "kubernetes.yaml", block(t, "yaml kubernetes"))}
+	c := &cluster{t, write(t, "kubernetes.yaml", block(t, "yaml contact-processor.yaml"))}
 	c.Log(output(t, "kubectl", "version"))
 	output(t, "kubectl", "create", "namespace", namespace)
 	t.Cleanup(func() { exec.Command("kubectl", "delete", "namespace", namespace).Run() })
@@ -288,55 +288,4 @@ func stream(ctx context.Context, read func(io.Reader), name string, args ...stri
 	}
 	read(out)
 	cmd.Wait()
-}
-
-// requests is one kind of load.
-type requests struct {
-	path string
-	want int
-	keep bool
-
-	mu                   sync.Mutex
-	sent, draining, lost int
-	problems             []string
-}
-
-func (r *requests) count() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.sent
-}
-
-// send asks 20 times a second, on kept connections until it is told to leave. It asks
-// nothing twice: an answer that does not come is a request lost. A kept connection may
-// have one 503, with which it is told to leave; its first answer is that of a new one.
-func (r *requests) send(ctx context.Context, addr string) {
-	for ctx.Err() == nil {
-		conn, err := net.DialTimeout("tcp", addr, 5*time.Second)
-		first := true
-		for answers := bufio.NewReader(conn); ; first = false {
-			code, leave := 0, true
-			if err == nil {
-				code, leave, err = exchange(conn, answers, r.path)
-			}
-			r.mu.Lock()
-			r.sent++
-			switch {
-			case err == nil && code == r.want:
-			case err == nil && code == 503 && r.keep && !first:
-				r.draining++
-			default:
-				r.lost++
-				r.problems = append(r.problems, fmt.Sprintf("%d, error %v", code, err))
-			}
-			r.mu.Unlock()
-			time.Sleep(50 * time.Millisecond)
-			if err != nil || leave || !r.keep || ctx.Err() != nil {
-				break
-			}
-		}
-		if conn != nil {
-			conn.Close()
-		}
-	}
 }

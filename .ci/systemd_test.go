@@ -70,7 +70,7 @@ func TestSystemd(t *testing.T) {
 	port := freePort(t)
 	url := "http://127.0.0.1:" + port + "/health"
 	const unit, settings, setting = "/etc/systemd/system/contact-processor.service", "/etc/contact-processor.env", "DRAIN_DELAY=5s"
-	for _, said := range []string{"Save this as `" + unit + "`", "Settings go into `" + settings + "`, one a line, as `" + setting + "`"} {
+	for _, said := range []string{"Save this as `" + unit + "`", "Settings go into `" + settings + "`, one a line, as `" + setting + "`, with nothing behind the value"} {
 		if !strings.Contains(output(t, "cat", "../README.md"), said) {
 			t.Errorf("the README does not say %q", said)
 		}
@@ -98,10 +98,14 @@ func TestSystemd(t *testing.T) {
 		}
 	}
 
-	began := time.Now()
-	m.run("kill -KILL " + m.show("MainPID"))
-	until(t, "the service to be back after SIGKILL", func() bool { code, _ := get(url); return code == 200 && m.show("NRestarts") == "1" })
-	t.Logf("exposure %s; back %.1f s after SIGKILL", exposure, time.Since(began).Seconds())
+	t.Logf("exposure %s", exposure)
+	for i, signal := range []string{"KILL", "ABRT"} { // a crash of Go itself ends like SIGABRT, with exit code 2
+		began := time.Now()
+		m.run("kill -" + signal + " " + m.show("MainPID"))
+		restarts := strconv.Itoa(i + 1)
+		until(t, "the service to be back after SIG"+signal, func() bool { code, _ := get(url); return code == 200 && m.show("NRestarts") == restarts })
+		t.Logf("back %.1f s after SIG%s", time.Since(began).Seconds(), signal)
+	}
 
 	m.run("systemctl stop --no-block contact-processor")
 	until(t, "draining", func() bool { code, _ := get(url); return code == 503 })
@@ -116,5 +120,8 @@ func TestSystemd(t *testing.T) {
 	const reason = `invalid value "http" for variable PORT: want a port number from 0 to 65535`
 	if status := m.run("systemctl status --no-pager contact-processor || true"); !strings.Contains(status, reason) || m.show("NRestarts") != "0" {
 		t.Errorf("wrong setting: got %s restarts and status %s, want no restart and %q", m.show("NRestarts"), status, reason)
+	}
+	if code := m.show("ExecMainStatus"); code != "64" {
+		t.Errorf("wrong setting: got exit code %s, want 64", code)
 	}
 }
