@@ -225,9 +225,9 @@ func probe(url string, stdout io.Writer) error {
 	return nil
 }
 
-// notify returns the signals that end the process. One that was ignored when the process started
-// stays so, as nohup and a shell's background want it (golang/go issue 22497). SIGPIPE would end
-// the process when the reader of its log has gone.
+// notify returns the signals that end the process. SIGHUP or SIGINT stays ignored if it was when
+// the process started, as nohup and a shell's background want it (golang/go issue 22497); of
+// other signals Go cannot tell. SIGPIPE would end the process when the reader of its log has gone.
 func notify() <-chan os.Signal {
 	signal.Ignore(syscall.SIGPIPE)
 	signals := make(chan os.Signal, 1) // os/signal drops what finds no room
@@ -436,9 +436,9 @@ type listener struct {
 	crowded atomic.Bool          // a new connection waits for a place
 	freed   chan struct{}        // has room for one: a place has become free
 
-	mu      sync.Mutex // guards what follows, and the second half of each conn
-	conns   list.List  // of *conn: those with a place, by since
-	closing bool       // see closeIdle
+	mu     sync.Mutex // guards what follows, and the second half of each conn
+	conns  list.List  // of *conn: those with a place, by since
+	noIdle bool       // see closeIdle
 }
 
 // newListener returns a listener for limit connections. Each has grace for its first or next
@@ -584,7 +584,7 @@ func (ln *listener) warn(msg string, args ...any) {
 // closeIdle closes the connections on which no request has begun, now and from now on.
 func (ln *listener) closeIdle() {
 	ln.mu.Lock()
-	ln.closing = true
+	ln.noIdle = true
 	var idle []*conn
 	for place := ln.conns.Front(); place != nil; place = place.Next() {
 		if c := place.Value.(*conn); c.phase == waiting && !c.begun {
@@ -662,7 +662,7 @@ func (c *conn) enter(p phase) {
 	}
 	c.phase, c.since = p, time.Now()
 	c.ln.conns.MoveToBack(c.place)
-	if p == waiting && !c.begun && c.ln.closing {
+	if p == waiting && !c.begun && c.ln.noIdle {
 		c.TCPConn.Close()
 	}
 }

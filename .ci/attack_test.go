@@ -130,8 +130,11 @@ func TestLimits(t *testing.T) {
 					t.Errorf("got %q, want no 5xx", answer)
 				}
 			}
-			took := time.Since(began)
-			if e, ok := err.(net.Error); ok && e.Timeout() || tt.deaf && err == nil || took < tt.limit || took > tt.limit+2*time.Second {
+			took, late := time.Since(began), 2*time.Second
+			if tt.deaf {
+				late = 8 * time.Second // the kernel's buffers fill up first, more and more slowly
+			}
+			if e, ok := err.(net.Error); ok && e.Timeout() || tt.deaf && err == nil || took < tt.limit-100*time.Millisecond || took > tt.limit+late {
 				t.Errorf("got closed after %v (%v), want %v", took, err, tt.limit)
 			}
 			t.Logf("closed after %.1f s", took.Seconds())
