@@ -666,6 +666,41 @@ func TestEnd(t *testing.T) {
 	}
 }
 
+// TestOrders sends signals as fast as they are taken, and then those of a person in a hurry.
+func TestOrders(t *testing.T) {
+	t.Parallel()
+	signals := make(chan os.Signal)
+	stop, hurry := orders(signals)
+	began := time.Now()
+	for _, s := range []os.Signal{os.Interrupt, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, os.Interrupt, syscall.SIGTERM} {
+		signals <- s
+	}
+	if got := fmt.Sprint(context.Cause(stop), ", ", context.Cause(hurry)); got != "interrupt, <nil>" {
+		t.Errorf("got causes %s, want the first signal for the stop and no hurry", got)
+	}
+	for hurry.Err() == nil && time.Since(began) < patience {
+		time.Sleep(10 * time.Millisecond)
+		signals <- syscall.SIGTERM
+		signals <- os.Interrupt
+	}
+	signals <- syscall.SIGTERM // so that what went before has been done with
+	if got, want := time.Since(began), 500*time.Millisecond; got < want || hurry.Err() == nil {
+		t.Errorf("got the hurry of a second SIGINT after %v (%v), want it after %v", got, context.Cause(hurry), want)
+	}
+}
+
+func TestGrace(t *testing.T) {
+	t.Parallel()
+	for n, want := range map[int]time.Duration{
+		1: 200 * time.Microsecond, 1000: 200 * time.Millisecond, 24_999: 4999800 * time.Microsecond,
+		25_000: 5 * time.Second, 25_001: 5 * time.Second, 1 << 62: 5 * time.Second,
+	} {
+		if got := grace(n); got != want {
+			t.Errorf("%d: got %v, want %v", n, got, want)
+		}
+	}
+}
+
 // TestIgnoredSignals starts the program as nohup does, and a shell's background.
 func TestIgnoredSignals(t *testing.T) {
 	t.Parallel()
@@ -1088,6 +1123,7 @@ func TestConnectionLimit(t *testing.T) {
 	t.Run("an answer that is not taken keeps no place", func(t *testing.T) {
 		t.Parallel()
 		var answers atomic.Int64
+		began := time.Now()
 		h := handler(t, "*", false)
 		s := serveOn(t, 3, time.Hour, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			answers.Add(1)
@@ -1113,6 +1149,9 @@ func TestConnectionLimit(t *testing.T) {
 			t.Errorf("got %d answers to clients that never read, want the few that small buffers hold", got)
 		}
 		dial(t, s.addr, get+"\r\n").wantAnswer(t, 200)
+		if got := time.Since(began); got < time.Second {
+			t.Errorf("got the answer after %v, want a second for the others to read theirs", got)
+		}
 	})
 	t.Run("one that is taken over is no concern", func(t *testing.T) {
 		t.Parallel()
@@ -1242,15 +1281,19 @@ func TestAcceptErrors(t *testing.T) {
 	for _, tt := range []struct {
 		errs    []error
 		wantLog string
+		atLeast time.Duration // of trying again, less and less often
 	}{
-		{[]error{syscall.ENOMEM, syscall.ENOBUFS, syscall.EPROTO, syscall.ENETDOWN, syscall.EPERM, errors.New("anything")}, `msg="cannot accept connections, trying again" err="accept tcp: accept: cannot allocate memory"`},
-		{[]error{syscall.EMFILE, syscall.ENFILE}, `msg="out of file descriptors, the longest waiting give way; raise ulimit -n (LimitNOFILE)" err="accept tcp: accept: too many open files"`},
+		{[]error{syscall.ENOMEM, syscall.ENOBUFS, syscall.EPROTO, syscall.ENETDOWN, syscall.EPERM, errors.New("anything")}, `msg="cannot accept connections, trying again" err="accept tcp: accept: cannot allocate memory"`, 315 * time.Millisecond},
+		{[]error{syscall.EMFILE, syscall.ENFILE}, `msg="out of file descriptors, the longest waiting give way; raise ulimit -n (LimitNOFILE)" err="accept tcp: accept: too many open files"`, 0},
 	} {
 		t.Run(tt.errs[0].Error(), func(t *testing.T) {
 			t.Parallel()
+			began := time.Now()
 			s := serveOn(t, 10, time.Hour, handler(t, "*", false), tt.errs...)
-			c := dial(t, s.addr, get+"\r\n")
-			c.wantAnswer(t, 200)
+			dial(t, s.addr, get+"\r\n").wantAnswer(t, 200)
+			if got := time.Since(began); got < tt.atLeast {
+				t.Errorf("got an answer after %v, want %v of trying again", got, tt.atLeast)
+			}
 			if log := s.log.String(); strings.Count(log, "\n") != 1 || !strings.Contains(log, tt.wantLog) {
 				t.Errorf("got log %q, want one line with %q", log, tt.wantLog)
 			}
@@ -1332,6 +1375,20 @@ func TestHostileClients(t *testing.T) {
 				t.Errorf("next client: got %d, want 200", resp.StatusCode)
 			}
 		})
+	}
+}
+
+// TestUnreadBody waits for the body that nobody reads, for a client that is about to send it.
+func TestUnreadBody(t *testing.T) {
+	t.Parallel()
+	s := serveOn(t, 1, time.Hour, handler(t, "*", false))
+	c := dial(t, s.addr, "")
+	began := time.Now()
+	c.send(t, get+"Content-Length: 10\r\n\r\n")
+	c.wantAnswer(t, 200)
+	c.wantClosed(t)
+	if got, want := time.Since(began), 100*time.Millisecond; got < want {
+		t.Errorf("got the connection closed after %v, want %v for the body", got, want)
 	}
 }
 

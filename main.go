@@ -637,7 +637,7 @@ type conn struct {
 	place *list.Element // in ln.conns, from the end of Accept to Close; else nil
 	phase phase
 	since time.Time // when it entered its phase
-	begun bool      // a byte of the next request has come
+	begun bool      // a byte of the request that it waits for has come
 }
 
 // phase is what a connection does.
@@ -657,12 +657,13 @@ func (c *conn) enter(p phase) {
 	if c.place == nil || c.phase == gone {
 		return
 	}
-	if c.phase == waiting { // A request has been read. What came behind it begins the next.
-		c.begun = c.lines.begun()
-	}
 	c.phase, c.since = p, time.Now()
 	c.ln.conns.MoveToBack(c.place)
-	if p == waiting && !c.begun && c.ln.noIdle {
+	if p != waiting {
+		return
+	}
+	c.begun = c.lines.begun() // by what came behind the last one
+	if c.ln.noIdle && !c.begun {
 		c.TCPConn.Close()
 	}
 }
