@@ -706,9 +706,10 @@ func (c *conn) CloseWrite() error {
 }
 
 // limitBuffers bounds what the kernel holds for a client that does not read to some hundred
-// answers. Linux takes twice the size each way, and counts it to the memory of the container.
+// answers: 50 KB of memory at most, for Linux takes twice the size each way and more for a large
+// packet, and counts it to the container. A route for large bodies wants larger buffers.
 func (c *conn) limitBuffers() {
-	const size = 16 << 10 // bytes
+	const size = 8 << 10  // bytes
 	c.SetReadBuffer(size) // if it fails, the default stays
 	c.SetWriteBuffer(size)
 }
