@@ -90,7 +90,7 @@ func allowOrigins(origins []string, next http.Handler) http.Handler {
 		AllowedOrigins: origins,
 		AllowedMethods: []string{http.MethodGet, http.MethodHead},
 		AllowedHeaders: []string{"*"},
-		MaxAge:         600, // seconds: a polling page is spared preflights, a new list is seen soon
+		MaxAge:         600, // seconds: spares a page preflights, and shows it a new list soon
 	}).Handler(next)
 }
 

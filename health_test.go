@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"os/signal"
 	"reflect"
 	"regexp"
 	"slices"
@@ -52,6 +53,11 @@ func TestMain(m *testing.M) {
 	}
 	if os.Getenv("TEST_BE_THE_PROGRAM") != "" {
 		main()
+	}
+	for _, s := range []os.Signal{syscall.SIGHUP, syscall.SIGINT} {
+		if signal.Ignored(s) { // as under nohup; a signal that is caught is not ignored by children
+			signal.Notify(make(chan os.Signal, 1), s)
+		}
 	}
 	os.Exit(m.Run())
 }
@@ -265,15 +271,15 @@ func TestNextRoute(t *testing.T) {
 		fmt.Fprintf(w, "%d bytes, error %v", len(body), err)
 	})
 	s := serveOn(t, 1, time.Hour, newHandler(mux, []string{"*"}, func() bool { return false }))
-	const lines = 1000
-	const first = "a\n"
-	c := dial(t, s.addr, fmt.Sprintf("POST /contacts HTTP/1.1\r\nHost: a.example\r\nContent-Length: %d\r\n\r\n", lines*len(first)))
-	c.send(t, strings.Repeat(first, lines/2)) // in one read with the headers, or in the next
+	body := strings.Repeat("a\n", 1000)
+	c := dial(t, s.addr, "POST /contacts HTTP/1.1\r\nHost: a.example\r\n")
+	c.send(t, fmt.Sprintf("Content-Length: %d\r\n\r\n", len(body)))
+	c.send(t, body[:len(body)/2]) // in one read with the headers, or in the next
 	waitFor(t, "the handler", func() bool { return s.count(answering) == 1 })
 	time.Sleep(300 * time.Millisecond)
-	c.send(t, strings.Repeat(first, lines/2))
-	if _, body := c.wantAnswer(t, 200); body != fmt.Sprintf("%d bytes, error <nil>", lines*len(first)) {
-		t.Errorf("got %q, want the whole body read", body)
+	c.send(t, body[len(body)/2:])
+	if _, got := c.wantAnswer(t, 200); got != fmt.Sprintf("%d bytes, error <nil>", len(body)) {
+		t.Errorf("got %q, want the whole body read", got)
 	}
 	c.wantClosed(t)
 }
@@ -492,10 +498,12 @@ func TestProbe(t *testing.T) {
 			if err != nil {
 				t.Skip("this machine has no such address: ", err)
 			}
-			server := &httptest.Server{Listener: ln, Config: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				asked <- r.Method + " " + r.URL.Path
 				tt.handler(w, r)
-			})}}
+			}))
+			server.Listener.Close()
+			server.Listener = ln
 			server.Start()
 			if tt.handler == nil {
 				server.Close()
@@ -635,24 +643,28 @@ func TestEnd(t *testing.T) {
 				p.signal(t, s)
 			}
 			log := []string{p.waitFor(t, draining)}
-			late := make(chan struct{})
-			go func() {
-				defer close(late)
-				for end := time.Now().Add(patience); len(tt.late) > 0 && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+			ended := make(chan struct{})
+			var late sync.WaitGroup
+			defer late.Wait()
+			defer close(ended)
+			late.Go(func() {
+				for tick := time.NewTicker(100 * time.Millisecond); ; {
+					select {
+					case <-ended:
+						return
+					case <-tick.C:
+					}
 					for _, s := range tt.late {
-						if p.Process.Signal(s) != nil {
-							return
-						}
+						p.Process.Signal(s)
 					}
 				}
-			}()
+			})
 			if tt.rest != "" {
 				p.closed(t)
 				c.send(t, tt.rest)
 				c.wantAnswer(t, 503)
 			}
 			code, rest := p.exit(t)
-			<-late
 			log = append(log, rest...)
 			if code != tt.wantCode || len(log) != len(tt.wantLog) {
 				t.Fatalf("got exit code %d and log %q, want %d and a line for each of %q", code, log, tt.wantCode, tt.wantLog)
@@ -742,19 +754,22 @@ func TestStopInLookup(t *testing.T) {
 func TestDrain(t *testing.T) {
 	t.Parallel()
 	p := start(t, []string{"DRAIN_DELAY=1s", "ALLOWED_ORIGINS=https://a.example"})
-	kept := map[string]int{ // what is asked on a kept connection while draining, and the code of its answer
-		get + "\r\n": 503,
-		"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n":                                                                              404,
-		"GET //health HTTP/1.1\r\nHost: a.example\r\n\r\n":                                                                       404,
-		"DELETE /health HTTP/1.1\r\nHost: a.example\r\n\r\n":                                                                     405,
-		"OPTIONS /health HTTP/1.1\r\nHost: a.example\r\nOrigin: https://a.example\r\nAccess-Control-Request-Method: GET\r\n\r\n": 204,
-		"OPTIONS * HTTP/1.1\r\nHost: a.example\r\n\r\n":                                                                          400,
-		"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n":                                                                 503,
+	kept := []struct {
+		raw  string // asked on a kept connection while the program drains
+		code int
+		*client
+	}{
+		{raw: get + "\r\n", code: 503},
+		{raw: "GET / HTTP/1.1\r\nHost: a.example\r\n\r\n", code: 404},
+		{raw: "GET //health HTTP/1.1\r\nHost: a.example\r\n\r\n", code: 404},
+		{raw: "DELETE /health HTTP/1.1\r\nHost: a.example\r\n\r\n", code: 405},
+		{raw: "OPTIONS /health HTTP/1.1\r\nHost: a.example\r\nOrigin: https://a.example\r\nAccess-Control-Request-Method: GET\r\n\r\n", code: 204},
+		{raw: "OPTIONS * HTTP/1.1\r\nHost: a.example\r\n\r\n", code: 400},
+		{raw: "GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", code: 503},
 	}
-	clients := map[string]*client{}
-	for raw := range kept {
-		clients[raw] = p.dial(t, get+"\r\n")
-		if resp, _ := clients[raw].wantAnswer(t, 200); resp.Close {
+	for i := range kept {
+		kept[i].client = p.dial(t, get+"\r\n")
+		if resp, _ := kept[i].wantAnswer(t, 200); resp.Close {
 			t.Error("before: got Connection: close, want it kept")
 		}
 	}
@@ -774,12 +789,12 @@ func TestDrain(t *testing.T) {
 	if got := resp.Header.Get("Access-Control-Allow-Origin"); got != "https://a.example" {
 		t.Errorf("new connection: got Access-Control-Allow-Origin %q, want the page's origin", got)
 	}
-	for raw, code := range kept {
-		clients[raw].send(t, raw)
-		if resp, _ := clients[raw].wantAnswer(t, code); !resp.Close {
-			t.Errorf("%q: got no Connection: close, want the client told to leave", raw)
+	for _, c := range kept {
+		c.send(t, c.raw)
+		if resp, _ := c.wantAnswer(t, c.code); !resp.Close {
+			t.Errorf("%q: got no Connection: close, want the client told to leave", c.raw)
 		}
-		clients[raw].wantClosed(t)
+		c.wantClosed(t)
 	}
 	half.send(t, "\r\n")
 	half.wantAnswer(t, 503)
@@ -849,7 +864,8 @@ func TestServe(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			c, err := parse(append(tt.args, "-host", "127.0.0.1", "-port", "0", "-max-connections", "1"), func(string) string { return "" }, io.Discard)
+			args := append(tt.args, "-host", "127.0.0.1", "-port", "0", "-max-connections", "1")
+			c, err := parse(args, func(string) string { return "" }, io.Discard)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -977,8 +993,9 @@ func TestLogWriter(t *testing.T) {
 			t.Fatalf("got %q, want %q", line, want)
 		}
 	}
-	if line, want := <-got, fmt.Sprintf(`msg="log lines lost, nobody read them" lines=%d`, lines-kept); !strings.Contains(line, want) {
-		t.Errorf("got %q, want %q", line, want)
+	lost := fmt.Sprintf(`msg="log lines lost, nobody read them" lines=%d`, lines-kept)
+	if line := <-got; !strings.Contains(line, lost) {
+		t.Errorf("got %q, want %q", line, lost)
 	}
 	fmt.Fprintln(l, "one more")
 	l.flush()
@@ -995,7 +1012,8 @@ func TestTimes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ln := &deadlines{Listener: inner, read: make(chan time.Duration, 100), write: make(chan time.Duration, 100)}
+	const calls = 100 // more than there are for one request
+	ln := &deadlines{inner, make(chan time.Duration, calls), make(chan time.Duration, calls)}
 	srv := newServer(handler(t, "*", false), slog.New(slog.DiscardHandler))
 	go srv.Serve(ln)
 	t.Cleanup(func() { srv.Close() })
@@ -1110,7 +1128,9 @@ func TestConnectionLimit(t *testing.T) {
 	t.Run("a request that is answered keeps its place", func(t *testing.T) {
 		t.Parallel()
 		release := make(chan struct{})
-		s := serveOn(t, 1, time.Nanosecond, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { <-release }))
+		s := serveOn(t, 1, time.Nanosecond, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+			<-release
+		}))
 		busy := dial(t, s.addr, get+"\r\n")
 		waitFor(t, "the handler", func() bool { return s.count(answering) == 1 })
 		newest := dial(t, s.addr, get+"\r\n")
@@ -1203,7 +1223,8 @@ func TestCloseIdle(t *testing.T) {
 			<-release
 		}
 	}))
-	silent, begun, idle, next := dial(t, s.addr, ""), dial(t, s.addr, "G"), dial(t, s.addr, ""), dial(t, s.addr, "")
+	silent, begun := dial(t, s.addr, ""), dial(t, s.addr, "G")
+	idle, next := dial(t, s.addr, ""), dial(t, s.addr, "")
 	s.ask(t, idle)
 	s.ask(t, next)
 	next.send(t, "G")
@@ -1616,7 +1637,12 @@ func serveOn(t *testing.T, limit int, grace time.Duration, h http.Handler, errs 
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &server{addr: tcp.Addr().String(), inner: &failing{Listener: tcp, errs: errs}, log: &logBuffer{}, served: make(chan struct{})}
+	s := &server{
+		addr:   tcp.Addr().String(),
+		inner:  &failing{Listener: tcp, errs: errs},
+		log:    &logBuffer{},
+		served: make(chan struct{}),
+	}
 	log := slog.New(slog.NewTextHandler(s.log, nil))
 	s.ln = newListener(s.inner, limit, grace, log)
 	srv := newServer(closeWhile(s.ln.crowded.Load, h), log)

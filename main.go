@@ -204,9 +204,11 @@ func healthURL(addr string) string {
 // sets HTTP_PROXY in every container, and its proxy cannot reach this one.
 func probe(url string, stdout io.Writer) error {
 	client := http.Client{
-		Transport:     &http.Transport{DisableKeepAlives: true},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		Timeout:       2 * time.Second, // under the 3 s of the image's HEALTHCHECK
+		Transport: &http.Transport{DisableKeepAlives: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error {
+			return http.ErrUseLastResponse
+		},
+		Timeout: 2 * time.Second, // under the 3 s of the image's HEALTHCHECK
 	}
 	resp, err := client.Get(url)
 	if err != nil {
@@ -214,7 +216,8 @@ func probe(url string, stdout io.Writer) error {
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, 512)) // bytes, enough to see who answers
-	said := strings.TrimSuffix(oneLine(fmt.Sprintf("%s answered %s: %s", url, resp.Status, body)), ":")
+	said := oneLine(fmt.Sprintf("%s answered %s: %s", url, resp.Status, body))
+	said = strings.TrimSuffix(said, ":") // of no body
 	if err != nil {
 		return fmt.Errorf("%s: %w", said, err)
 	}
@@ -398,13 +401,14 @@ func (l *logWriter) Write(line []byte) (int, error) {
 // pass writes the lines to w. An error means that their reader has gone, and so is ignored.
 func (l *logWriter) pass() {
 	defer close(l.ended)
+	log := slog.New(slog.NewTextHandler(l.w, nil))
 	for line := <-l.queue; line != nil; line = <-l.queue {
 		l.w.Write(line)
 		if len(l.queue) > 0 {
 			continue
 		}
 		if lost := l.lost.Swap(0); lost > 0 {
-			slog.New(slog.NewTextHandler(l.w, nil)).Warn("log lines lost, nobody read them", "lines", lost)
+			log.Warn("log lines lost, nobody read them", "lines", lost)
 		}
 	}
 }
@@ -467,7 +471,7 @@ func (ln *listener) Accept() (net.Conn, error) {
 	for !ln.seat(c) {
 		ln.crowded.Store(true)
 		ln.warn("connection limit reached, the longest waiting give way", "max-connections", ln.limit)
-		runtime.Gosched() // who can be answered now is, and leaves with that instead of being cut off
+		runtime.Gosched() // a client that can be answered leaves with that, and is not cut off
 		if ln.seat(c) {
 			break
 		}

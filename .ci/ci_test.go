@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -40,6 +41,11 @@ func TestMain(m *testing.M) {
 		cmd := exec.Command("make", "-C", "..", "build", "BINARY="+service)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			panic(fmt.Sprintf("%v: %s", err, out))
+		}
+		for _, s := range []os.Signal{syscall.SIGHUP, syscall.SIGINT} {
+			if signal.Ignored(s) { // as under nohup; a signal that is caught is not ignored by children
+				signal.Notify(make(chan os.Signal, 1), s)
+			}
 		}
 		return m.Run()
 	}())
