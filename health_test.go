@@ -1084,6 +1084,7 @@ func TestConnectionLimit(t *testing.T) {
 		}
 		newest := dial(t, s.addr, "")
 		second.wantClosed(t)
+		s.calm(t)
 		for _, c := range []*client{first, third, newest} {
 			s.ask(t, c)
 		}
@@ -1272,11 +1273,11 @@ func TestTurns(t *testing.T) {
 		{name: "all are answered", grace: little, clients: []client{{answering, time.Hour}, {answering, 0}}, want: -1, wantWait: little},
 		{name: "all are answered, much grace", grace: grace, clients: []client{{answering, time.Hour}, {answering, 0}}, want: -1, wantWait: time.Second},
 		{name: "gone already", grace: little, clients: []client{{gone, time.Hour}}, want: -1, wantWait: little},
-		{name: "the longest waiting", grace: grace, clients: []client{{answering, time.Hour}, {waiting, 3 * grace}, {waiting, 2 * grace}}, want: 1, wantWait: grace},
+		{name: "the longest waiting", grace: grace, clients: []client{{answering, time.Hour}, {waiting, 3 * grace}, {waiting, 2 * grace}}, want: 1, wantWait: time.Second},
 		{name: "its request may be on its way", grace: grace, clients: []client{{waiting, grace / 4}, {waiting, 0}}, want: -1, wantWait: 3 * grace / 4},
-		{name: "waiting before sending", grace: grace, clients: []client{{sending, time.Hour}, {waiting, 2 * grace}}, want: 1, wantWait: grace},
+		{name: "waiting before sending", grace: grace, clients: []client{{sending, time.Hour}, {waiting, 2 * grace}}, want: 1, wantWait: time.Second},
 		{name: "waiting but young", grace: grace, clients: []client{{sending, time.Hour}, {waiting, grace / 2}}, want: -1, wantWait: grace / 2},
-		{name: "an answer left lying", grace: grace, clients: []client{{sending, 3 * time.Second}, {sending, 2 * time.Second}}, want: 0, wantWait: grace},
+		{name: "an answer left lying", grace: grace, clients: []client{{sending, 3 * time.Second}, {sending, 2 * time.Second}}, want: 0, wantWait: time.Second},
 		{name: "an answer on its way", grace: grace, clients: []client{{sending, 500 * time.Millisecond}}, want: -1, wantWait: 500 * time.Millisecond},
 		{name: "an answer on its way, little grace", grace: little, clients: []client{{sending, 0}}, want: -1, wantWait: little},
 	} {
@@ -1371,6 +1372,7 @@ func TestAcceptErrors(t *testing.T) {
 		s.inner.fail(syscall.EMFILE)
 		dial(t, s.addr, get+"\r\n").wantAnswer(t, 200) // accepted, so that the next accept fails
 		idle.wantClosed(t)
+		s.calm(t)
 		s.ask(t, kept)
 	})
 	t.Run("the listener closes", func(t *testing.T) {
@@ -1666,6 +1668,12 @@ func (s *server) count(p phase) (n int) {
 		}
 	}
 	return n
+}
+
+// calm waits until no connection waits for a place, and so no answer tells its client to leave.
+func (s *server) calm(t *testing.T) {
+	t.Helper()
+	waitFor(t, "nobody to wait for a place", func() bool { return !s.ln.crowded.Load() })
 }
 
 // ask sends a request on c and returns when the answer has come and the server waits for the

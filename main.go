@@ -532,7 +532,7 @@ func (ln *listener) makeRoom() time.Duration {
 
 // next returns the connection whose turn it is to give way, if there is one, and how long to wait.
 func (ln *listener) next() (*conn, time.Duration) {
-	const patience = time.Second // with a client that does not take its answer
+	const patience = time.Second // with a client that has its answer, and a server that has to close
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
 	var slowest *conn
@@ -543,7 +543,7 @@ func (ln *listener) next() (*conn, time.Duration) {
 				return nil, rest
 			}
 			c.phase = gone
-			return c, ln.grace
+			return c, patience
 		}
 		if c.phase == sending && slowest == nil {
 			slowest = c
@@ -557,7 +557,7 @@ func (ln *listener) next() (*conn, time.Duration) {
 	}
 	slowest.phase = gone
 	slowest.SetLinger(0) // or the kernel would keep the answer for a client that does not take it
-	return slowest, ln.grace
+	return slowest, patience
 }
 
 // await returns when a place has become free, or after d.
