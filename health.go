@@ -84,7 +84,7 @@ func refuseUnclean(next http.Handler) http.Handler {
 
 // allowOrigins lets the pages of origins read the answers. Nobody logs in here, so credentials
 // are never allowed. Methods that are not allowed get no CORS headers from rs/cors, so a page
-// does not see its 405. Private Network Access asks for nothing: Chrome gave it up.
+// does not see its 405. Private Network Access would want one more; Chrome gave it up.
 func allowOrigins(origins []string, next http.Handler) http.Handler {
 	return cors.New(cors.Options{
 		AllowedOrigins: origins,
