@@ -1126,6 +1126,30 @@ func TestConnectionLimit(t *testing.T) {
 		}
 		s.ask(t, kept)
 	})
+	t.Run("a server that is late is not the client's fault", func(t *testing.T) {
+		t.Parallel()
+		inner, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln := newListener(inner, 1, time.Nanosecond, slog.New(slog.DiscardHandler))
+		defer ln.Close()
+		dial(t, inner.Addr().String(), get)
+		c, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if first, _ := ln.next(); first != nil {
+			t.Error("its turn to give way has come before the server has tried to read")
+		}
+		if _, err := c.Read(make([]byte, len(get))); err != nil {
+			t.Fatal(err)
+		}
+		if next, _ := ln.next(); next != c {
+			t.Error("its turn to give way does not come once the server has read")
+		}
+	})
 	t.Run("a request that is answered keeps its place", func(t *testing.T) {
 		t.Parallel()
 		release := make(chan struct{})
@@ -1272,6 +1296,8 @@ func TestTurns(t *testing.T) {
 		{name: "nobody", grace: little, want: -1, wantWait: little},
 		{name: "all are answered", grace: little, clients: []client{{answering, time.Hour}, {answering, 0}}, want: -1, wantWait: little},
 		{name: "all are answered, much grace", grace: grace, clients: []client{{answering, time.Hour}, {answering, 0}}, want: -1, wantWait: time.Second},
+		{name: "the server has not come to read", grace: little, clients: []client{{queued, time.Hour}}, want: -1, wantWait: little},
+		{name: "waiting behind one queued", grace: little, clients: []client{{queued, time.Hour}, {waiting, time.Minute}}, want: 1, wantWait: time.Second},
 		{name: "gone already", grace: little, clients: []client{{gone, time.Hour}}, want: -1, wantWait: little},
 		{name: "the longest waiting", grace: grace, clients: []client{{answering, time.Hour}, {waiting, 3 * grace}, {waiting, 2 * grace}}, want: 1, wantWait: time.Second},
 		{name: "its request may be on its way", grace: grace, clients: []client{{waiting, grace / 4}, {waiting, 0}}, want: -1, wantWait: 3 * grace / 4},

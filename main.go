@@ -446,7 +446,8 @@ type listener struct {
 }
 
 // newListener returns a listener for limit connections. Each has grace for its first or next
-// request, which may be on its way, before it has to give way.
+// request, which may be on its way, before it has to give way. It counts from when the server is
+// ready to read.
 func newListener(ln net.Listener, limit int, grace time.Duration, log *slog.Logger) *listener {
 	return &listener{
 		Listener: ln,
@@ -626,6 +627,7 @@ func (ln *listener) connState(c net.Conn, state http.ConnState) {
 		c.(*conn).enter(answering)
 	case http.StateIdle:
 		c.(*conn).enter(waiting)
+		runtime.Gosched() // a client that sends many requests at once takes turns with the others
 	case http.StateHijacked: // its handler has to bound and to close it from now on
 		c.(*conn).leave()
 	}
@@ -635,6 +637,7 @@ func (ln *listener) connState(c net.Conn, state http.ConnState) {
 type conn struct {
 	*net.TCPConn
 	ln    *listener
+	ready bool        // the server has begun to read
 	lines headerLines // that have been read
 	held  []byte      // has been read and is kept from the server: see Read
 
@@ -648,7 +651,8 @@ type conn struct {
 type phase int
 
 const (
-	waiting   phase = iota // it waits for a request, the first or the next
+	queued    phase = iota // it has a place, and the server has yet to turn to it
+	waiting                // it waits for a request, the first or the next
 	answering              // its handler is at work
 	sending                // its client has to take an answer
 	gone                   // it had to give way
@@ -732,6 +736,10 @@ func (c *conn) Write(p []byte) (int, error) {
 //
 // With Go 1.27 as the minimum, Server.MaxHeaderValueCount replaces this.
 func (c *conn) Read(p []byte) (int, error) {
+	if !c.ready {
+		c.ready = true
+		c.enter(waiting) // what the server took to come here is not the client's delay
+	}
 	if c.lines.tooMany() && c.hear() {
 		return 0, errors.New("too many header lines")
 	}
