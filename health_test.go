@@ -1097,7 +1097,12 @@ func TestConnectionLimit(t *testing.T) {
 	t.Run("half-sent requests lock nobody out", func(t *testing.T) {
 		t.Parallel()
 		s := serveOn(t, 3, time.Nanosecond, handler(t, "*", false))
-		silent, headers, line := dial(t, s.addr, ""), dial(t, s.addr, get), dial(t, s.addr, "GET /hea")
+		var half []*client
+		for i, raw := range []string{"", get, "GET /hea"} {
+			half = append(half, dial(t, s.addr, raw))
+			waitFor(t, "the server to read", func() bool { return s.count(waiting) == i+1 })
+		}
+		silent, headers, line := half[0], half[1], half[2]
 		dial(t, s.addr, get+"\r\n").wantAnswer(t, 200)
 		silent.wantClosed(t)
 		headers.send(t, "\r\n")
