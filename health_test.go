@@ -1219,32 +1219,46 @@ func TestConnectionLimit(t *testing.T) {
 			t.Errorf("got %v, want the end of all others", err)
 		}
 	})
-	t.Run("no time to say why", func(t *testing.T) {
-		t.Parallel()
-		inner, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		ln := newListener(inner, 1, time.Hour, slog.New(slog.DiscardHandler))
-		defer ln.Close()
-		for _, crowded := range []bool{false, true} {
+	for _, tt := range []struct {
+		name     string
+		limit    int
+		crowded  bool
+		wantTime bool // for the client to read why it was refused
+	}{
+		{name: "time to say why", limit: 2, wantTime: true},
+		{name: "no time to say why while others wait", limit: 2, crowded: true},
+		{name: "no time to say why with more than half of the places taken", limit: 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			inner, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			ln := newListener(inner, tt.limit, time.Hour, slog.New(slog.DiscardHandler))
+			defer ln.Close()
 			client := dial(t, inner.Addr().String(), "")
 			c, err := ln.Accept()
 			if err != nil {
 				t.Fatal(err)
 			}
-			ln.crowded.Store(crowded)
-			c.(*conn).CloseWrite()
+			defer c.Close()
+			ln.crowded.Store(tt.crowded)
+			returned := false
+			var server sync.WaitGroup
+			server.Go(func() {
+				c.(*conn).CloseWrite()
+				returned = true
+			})
+			server.Wait()
 			client.wantClosed(t)
-			if open := ln.conns.Len(); open == 0 != crowded {
-				t.Errorf("others wait %t: got %d places taken", crowded, open)
+			if open := ln.conns.Len() > 0; open != tt.wantTime || returned != tt.wantTime {
+				t.Errorf("got the place kept %t, the server going on %t, want both %t", open, returned, tt.wantTime)
 			}
-			c.Close()
-		}
-	})
+		})
+	}
 }
 
-// TestCloseIdle closes connections in each phase, and one that becomes idle later.
 func TestCloseIdle(t *testing.T) {
 	t.Parallel()
 	release := make(chan struct{})

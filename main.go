@@ -705,12 +705,23 @@ func (c *conn) Close() error {
 }
 
 // CloseWrite is called by net/http when it has refused a request, before it gives the client half
-// a second to read why. While others wait for the place there is no time for that.
+// a second to read why. While others wait, or soon will, for more than half of the places are
+// taken, there is no time for that: a crowd of refused ones would keep all places for those that
+// have gone already. So the goroutine ends here, and with it its memory; net/http cleans up.
 func (c *conn) CloseWrite() error {
-	if c.ln.crowded.Load() {
-		return c.Close()
+	if !c.hasToHurry() {
+		return c.TCPConn.CloseWrite()
 	}
-	return c.TCPConn.CloseWrite()
+	c.Close()
+	runtime.Goexit()
+	return nil
+}
+
+// hasToHurry reports whether the place is wanted for somebody else, or will be soon.
+func (c *conn) hasToHurry() bool {
+	c.ln.mu.Lock()
+	defer c.ln.mu.Unlock()
+	return c.place != nil && (c.ln.crowded.Load() || 2*c.ln.conns.Len() > c.ln.limit)
 }
 
 // limitBuffers bounds what the kernel holds for a client that does not read to some hundred
