@@ -1219,6 +1219,24 @@ func TestConnectionLimit(t *testing.T) {
 			t.Errorf("got %v, want the end of all others", err)
 		}
 	})
+	t.Run("the server survives a refusal without time", func(t *testing.T) {
+		t.Parallel()
+		s := serveOn(t, 1, time.Hour, handler(t, "*", false))
+		for range 3 {
+			refused := dial(t, s.addr, get+strings.Repeat("a: b\r\n", maxHeaderLines)+"\r\n")
+			io.Copy(io.Discard, refused)
+		}
+		last := dial(t, s.addr, get+"\r\n")
+		last.wantAnswer(t, 200)
+		last.Close()
+		s.ln.Close()
+		if err := s.ln.wait(t.Context()); err != nil {
+			t.Errorf("got %v, want every place given back", err)
+		}
+		if log := s.log.String(); strings.Contains(log, "panic") {
+			t.Errorf("got log %q, want no panic", log)
+		}
+	})
 	for _, tt := range []struct {
 		name     string
 		limit    int

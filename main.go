@@ -446,8 +446,8 @@ type listener struct {
 }
 
 // newListener returns a listener for limit connections. Each has grace for its first or next
-// request, which may be on its way, before it has to give way. It counts from when the server is
-// ready to read.
+// request, which may be on its way, before it has to give way. That time counts from when the
+// server is ready to read.
 func newListener(ln net.Listener, limit int, grace time.Duration, log *slog.Logger) *listener {
 	return &listener{
 		Listener: ln,
@@ -704,20 +704,21 @@ func (c *conn) Close() error {
 	return err
 }
 
-// CloseWrite is called by net/http when it has refused a request, before it gives the client half
-// a second to read why. While others wait, or soon will, for more than half of the places are
-// taken, there is no time for that: a crowd of refused ones would keep all places for those that
-// have gone already. So the goroutine ends here, and with it its memory; net/http cleans up.
+// CloseWrite is called by net/http when it has refused a request, before it sleeps for half a
+// second so that the client can read why. The place would be held for that long, and a crowd of
+// refused clients would hold them all. So when places run short the connection closes at once,
+// and its goroutine ends here, without the sleep: net/http's deferred function cleans up.
 func (c *conn) CloseWrite() error {
 	if !c.hasToHurry() {
 		return c.TCPConn.CloseWrite()
 	}
 	c.Close()
 	runtime.Goexit()
-	return nil
+	return nil // never reached
 }
 
-// hasToHurry reports whether the place is wanted for somebody else, or will be soon.
+// hasToHurry reports whether others wait for the place of c, or soon will: more than half of the
+// places are taken.
 func (c *conn) hasToHurry() bool {
 	c.ln.mu.Lock()
 	defer c.ln.mu.Unlock()
