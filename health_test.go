@@ -1240,12 +1240,13 @@ func TestConnectionLimit(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
 		limit    int
+		others   int // have a place
 		crowded  bool
 		wantTime bool // for the client to read why it was refused
 	}{
 		{name: "time to say why", limit: 2, wantTime: true},
 		{name: "no time to say why while others wait", limit: 2, crowded: true},
-		{name: "no time to say why with more than half of the places taken", limit: 1},
+		{name: "no time to say why with more than half of the places taken", limit: 3, others: 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -1255,12 +1256,15 @@ func TestConnectionLimit(t *testing.T) {
 			}
 			ln := newListener(inner, tt.limit, time.Hour, slog.New(slog.DiscardHandler))
 			defer ln.Close()
-			client := dial(t, inner.Addr().String(), "")
-			c, err := ln.Accept()
-			if err != nil {
-				t.Fatal(err)
+			var refused *client
+			var c net.Conn
+			for range tt.others + 1 {
+				refused = dial(t, inner.Addr().String(), "")
+				if c, err = ln.Accept(); err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
 			}
-			defer c.Close()
 			ln.crowded.Store(tt.crowded)
 			returned := false
 			var server sync.WaitGroup
@@ -1269,8 +1273,8 @@ func TestConnectionLimit(t *testing.T) {
 				returned = true
 			})
 			server.Wait()
-			client.wantClosed(t)
-			if open := ln.conns.Len() > 0; open != tt.wantTime || returned != tt.wantTime {
+			refused.wantClosed(t)
+			if open := ln.conns.Len() > tt.others; open != tt.wantTime || returned != tt.wantTime {
 				t.Errorf("got the place kept %t, the server going on %t, want both %t", open, returned, tt.wantTime)
 			}
 		})
