@@ -1222,8 +1222,13 @@ func TestConnectionLimit(t *testing.T) {
 	t.Run("the server survives a refusal without time", func(t *testing.T) {
 		t.Parallel()
 		s := serveOn(t, 1, time.Hour, handler(t, "*", false))
-		for range 3 {
-			refused := dial(t, s.addr, get+strings.Repeat("a: b\r\n", maxHeaderLines)+"\r\n")
+		large := strings.Repeat("x", 300<<10) // behind an answer net/http reads 256 KiB at most
+		for _, raw := range []string{
+			get + "Cookie: " + large + "\r\n\r\n",
+			get + "Content-Length: " + strconv.Itoa(len(large)) + "\r\n\r\n" + large,
+		} {
+			refused := dial(t, s.addr, "")
+			io.WriteString(refused, raw) // fails where the server has closed before the end
 			io.Copy(io.Discard, refused)
 		}
 		last := dial(t, s.addr, get+"\r\n")
@@ -1281,6 +1286,7 @@ func TestConnectionLimit(t *testing.T) {
 	}
 }
 
+// TestCloseIdle closes connections in each phase, and one that becomes idle later.
 func TestCloseIdle(t *testing.T) {
 	t.Parallel()
 	release := make(chan struct{})

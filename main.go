@@ -704,10 +704,11 @@ func (c *conn) Close() error {
 	return err
 }
 
-// CloseWrite is called by net/http when it has refused a request, before it sleeps for half a
-// second so that the client can read why. The place would be held for that long, and a crowd of
-// refused clients would hold them all. So when places run short the connection closes at once,
-// and its goroutine ends here, without the sleep: net/http's deferred function cleans up.
+// CloseWrite is called by net/http behind a 431, and behind an answer to a large body that nobody
+// has read. It sleeps for half a second then, so that the client can read why. The place would be
+// held for that long, and a crowd of such clients would hold them all. So when places run short
+// the connection closes at once, and its goroutine ends here, without the sleep: net/http's
+// deferred function cleans up.
 func (c *conn) CloseWrite() error {
 	if !c.hasToHurry() {
 		return c.TCPConn.CloseWrite()
@@ -718,7 +719,7 @@ func (c *conn) CloseWrite() error {
 }
 
 // hasToHurry reports whether others wait for the place of c, or soon will: more than half of the
-// places are taken.
+// places are taken. A connection that was hijacked has none.
 func (c *conn) hasToHurry() bool {
 	c.ln.mu.Lock()
 	defer c.ln.mu.Unlock()

@@ -18,9 +18,9 @@ import (
 	"time"
 )
 
-// crowds are those that TestCrowd sends, by name. Those that are refused at once hold few places,
-// so that nearly all of their clients wait in the kernel's queue, which has room for 4,096; and half
-// a core refuses some 1,500 of the largest requests a second. So there are 2,000 of them.
+// crowds are those that TestCrowd sends, by name. Clients that are refused at once hold few places,
+// so that nearly all of them wait in the kernel's queue, which has room for 4,096; and half a core
+// refuses some 1,500 of the largest requests a second. So there are 2,000 of them.
 func crowds() []crowd {
 	var (
 		whole    = request + "\r\n"
@@ -268,8 +268,8 @@ func startContainer(t *testing.T, goMemory string) *container {
 	return c
 }
 
-// probe asks ten times a second, with a probe's patience of 2 s, until ctx ends. It returns how long
-// that took each time, what went wrong, and the most files that were open at a time.
+// probe asks ten times a second, with a probe's patience of 2 s, until ctx ends. It returns how
+// long that took each time, what went wrong, and the most files that were open at a time.
 func (c *container) probe(ctx context.Context) (times []time.Duration, failed []string, files int) {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 2 * time.Second}
 	for tick := time.NewTicker(100 * time.Millisecond); ctx.Err() == nil; <-tick.C {
