@@ -23,21 +23,22 @@ const (
 	drainingBody = `{"status":"draining","message":"WhatsApp Contact Processor API is shutting down"}` + "\n"
 )
 
-// routes holds each route once, with its method. The next one goes here; for another method than
-// GET and HEAD, allowOrigins has to know that too.
+// routes holds each route once, with its method. The next one goes here. For pages of other origins
+// its method has to be in allowOrigins too.
 func routes(draining func() bool) *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.Handle("GET /health", health(draining)) // HEAD too
 	return mux
 }
 
-// newHandler passes every request through the rules that hold for all routes, from the last to
-// the first. While leave reports true, an answer is the last one on its connection.
-func newHandler(routes http.Handler, origins []string, leave func() bool) http.Handler {
+// newHandler passes every request through the rules that hold for all routes, the last of these
+// lines first. While mustClose reports true, an answer is the last one on its connection.
+func newHandler(routes http.Handler, origins []string, mustClose func() bool) http.Handler {
 	h := refuseUnclean(routes)
 	h = allowOrigins(origins, h)
-	h = limitBodies(h)
-	return closeWhile(leave, h)
+	h = closeBehindBody(h)
+	h = closeWhile(mustClose, h)
+	return neverStore(h)
 }
 
 // health says 200, or 503 while draining reports true.
@@ -59,7 +60,6 @@ func jsonAnswer(code int, body string) http.HandlerFunc {
 	header := http.Header{
 		"Content-Type":   {"application/json"},
 		"Content-Length": {strconv.Itoa(len(body))}, // of HEAD too: RFC 9110, section 9.3.2
-		"Cache-Control":  {"no-store"},              // an old answer is no check
 	}
 	return func(w http.ResponseWriter, _ *http.Request) {
 		maps.Copy(w.Header(), header)
@@ -83,8 +83,8 @@ func refuseUnclean(next http.Handler) http.Handler {
 }
 
 // allowOrigins lets the pages of origins read the answers. Nobody logs in here, so credentials
-// are never allowed. Methods that are not allowed get no CORS headers from rs/cors, so a page
-// does not see its 405. Private Network Access would want one more; Chrome gave it up.
+// are never allowed. Methods that are not allowed get no CORS headers from rs/cors, so a page does
+// not see its 405. The header of Private Network Access is not among them: Chrome gave that up.
 func allowOrigins(origins []string, next http.Handler) http.Handler {
 	return cors.New(cors.Options{
 		AllowedOrigins: origins,
@@ -94,11 +94,12 @@ func allowOrigins(origins []string, next http.Handler) http.Handler {
 	}).Handler(next)
 }
 
-// limitBodies closes the connection after a request with a body: RFC 9112, section 6.1, wants
+// closeBehindBody closes the connection after a request with a body: RFC 9112, section 6.1, wants
 // that of one in chunks that has a length too, and no check sends any. What its handler leaves
-// unread holds the connection for bodyTimeout, from the end of the handler on.
-func limitBodies(next http.Handler) http.Handler {
-	const bodyTimeout = 100 * time.Millisecond // what is on its way arrives, more is not worth it
+// unread holds the connection for unreadTimeout, from the end of the handler on. How large a body
+// may be is its handler's to say, with http.MaxBytesReader.
+func closeBehindBody(next http.Handler) http.Handler {
+	const unreadTimeout = 100 * time.Millisecond // what is on its way arrives, more is not worth it
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ContentLength == 0 {
 			next.ServeHTTP(w, r)
@@ -106,18 +107,28 @@ func limitBodies(next http.Handler) http.Handler {
 		}
 		w.Header().Set("Connection", "close")
 		next.ServeHTTP(w, r)
-		http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
+		http.NewResponseController(w).SetReadDeadline(time.Now().Add(unreadTimeout))
 	})
 }
 
-// closeWhile tells each client to leave with its answer while leave reports true. Nobody else
+// closeWhile tells each client to leave with its answer while mustClose reports true. Nobody else
 // can move a connection that its client keeps.
-func closeWhile(leave func() bool, next http.Handler) http.Handler {
+func closeWhile(mustClose func() bool, next http.Handler) http.Handler {
 	header := []string{"close"}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if leave() {
+		if mustClose() {
 			w.Header()["Connection"] = header
 		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// neverStore keeps answers out of caches: an old one is no check, and the next version may have
+// the path that this one has not.
+func neverStore(next http.Handler) http.Handler {
+	header := []string{"no-store"}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header()["Cache-Control"] = header
 		next.ServeHTTP(w, r)
 	})
 }
@@ -140,11 +151,14 @@ func parseOrigins(list string) ([]string, error) {
 // checkOrigin refuses what no browser sends as an Origin (RFC 6454, with hosts and ports as
 // the WHATWG URL Standard writes them) and what would match too much.
 func checkOrigin(origin string) error {
+	if strings.ContainsAny(origin, " ;") {
+		return errors.New("want commas between origins, and neither spaces nor ; in one")
+	}
 	origin = strings.ToLower(origin) // as the matching does
 	u, err := url.Parse(origin)
 	noPages := []string{"", "file", "ftp", "ws", "wss"} // their origins are null or none
 	if err != nil || u.Hostname() == "" || slices.Contains(noPages, u.Scheme) {
-		return errors.New("want the scheme://host[:port] of a page, or * alone for all")
+		return errors.New("want the scheme://host[:port] of a page, with a number for the port, or * alone for all")
 	}
 	host, err := originHost(u.Hostname())
 	if err != nil {
