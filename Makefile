@@ -26,7 +26,7 @@ bench: ## time the handler, and the program beside a bare net/http server
 	@mkdir -p bin && rm -f bin/bench.txt
 	@for round in $$(seq $(ROUNDS)); do \
 		echo "round $$round of $(ROUNDS)"; \
-		for bench in '. Handler 300ms' '.ci Program/(start|memory) 20x' '.ci Program/request 20000x'; do \
+		for bench in '. Handler 300ms' '.ci Program/(start|memory) 20x' '.ci Program/(request|load) 50000x'; do \
 			set -- $$bench; \
 			go test -C $$1 -run '^$$' -bench "$$2" -benchtime $$3 . >>bin/bench.txt || { cat bin/bench.txt; exit 1; }; \
 		done; \
@@ -38,10 +38,12 @@ build: ## make the static binary bin/whatsapp-contact-processor
 	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o $(BINARY) .
 
 lint: ## check with gofmt, vet, staticcheck and .editorconfig
-	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt wants: $$unformatted"; exit 1; }
+	@unformatted=$$(gofmt -l . .ci); test -z "$$unformatted" || { echo "gofmt wants: $$unformatted"; exit 1; }
 	go vet ./...
+	go vet -C .ci ./...
 	go run $(STATICCHECK) ./...
-	go run $(EDITORCONFIG) $(shell git ls-files)
+	cd .ci && go run $(STATICCHECK) ./...
+	go run $(EDITORCONFIG) $$(git ls-files --cached --others --exclude-standard)
 
 image: ## build the container image
 	docker build -t $(IMAGE) .

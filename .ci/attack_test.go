@@ -83,6 +83,58 @@ func ask(addr, path string, keep bool, answered *atomic.Int64) error {
 	}
 }
 
+// TestFreeze lets clients come while the program gets no processor, across the end of its drain
+// delay: they are answered when it gets some again, before the listener closes.
+func TestFreeze(t *testing.T) {
+	var answered int
+	for range 6 {
+		in := start(t, service, "0", "DRAIN_DELAY=1s")
+		in.Process.Signal(syscall.SIGTERM)
+		until(t, "draining", func() bool { return strings.Contains(in.logged(), "msg=draining") })
+		time.Sleep(200 * time.Millisecond)
+		in.Process.Signal(syscall.SIGSTOP)
+		var clients sync.WaitGroup
+		var mu sync.Mutex
+		for range 20 {
+			conn, err := net.Dial("tcp", in.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			clients.Go(func() {
+				code, _, err := exchange(conn, bufio.NewReader(conn), "/health")
+				mu.Lock()
+				defer mu.Unlock()
+				if code == 503 {
+					answered++
+				} else {
+					t.Errorf("got %d and error %v, want a 503", code, err)
+				}
+			})
+		}
+		time.Sleep(1400 * time.Millisecond)
+		in.Process.Signal(syscall.SIGCONT)
+		clients.Wait()
+		select {
+		case <-in.done:
+		case <-time.After(patience):
+			t.Fatal("still running")
+		}
+		if code := in.ProcessState.ExitCode(); code != 0 {
+			t.Errorf("got exit code %d, want 0: %s", code, in.logged())
+		}
+	}
+	t.Logf("6 freezes: %d of 120 clients answered", answered)
+}
+
+// TestSandbox refuses a system call that the listener needs once it listens, as a sandbox may.
+func TestSandbox(t *testing.T) {
+	out, err := exec.Command("strace", "-f", "-o", "/dev/null", "-e", "inject=getsockname:error=EPERM", service).CombinedOutput()
+	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 1 || strings.Count(string(out), "\n") != 1 || !strings.Contains(string(out), "cannot listen") {
+		t.Errorf("got %v and %q, want exit code 1 and one line", err, out)
+	}
+}
+
 // TestLimits holds the server to the limits on its clients' time. Those of 620 s are read from
 // its deadlines by the project's own tests.
 func TestLimits(t *testing.T) {
@@ -99,6 +151,7 @@ func TestLimits(t *testing.T) {
 		{name: "body that never comes", send: request + "Content-Length: 10\r\n\r\n", limit: 100 * time.Millisecond},
 		{name: "body that drips", send: request + "Content-Length: 100000\r\n\r\n", drip: "x", limit: 100 * time.Millisecond},
 		{name: "chunks that never end", send: request + "Transfer-Encoding: chunked\r\n\r\n", drip: "1\r\nx\r\n", limit: 100 * time.Millisecond},
+		{name: "a byte behind an answer", send: request + "\r\nG", limit: 5 * time.Second},
 		{name: "body behind an expectation", send: request + "Content-Length: 10\r\nExpect: 100-continue\r\n\r\n"},
 		{name: "answers that nobody reads", send: strings.Repeat(request+"\r\n", 200_000), deaf: true, limit: 10 * time.Second},
 	} {

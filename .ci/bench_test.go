@@ -6,9 +6,13 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 )
 
 // BenchmarkProgram measures the program beside the floor, a bare net/http server.
@@ -47,6 +51,26 @@ func BenchmarkProgram(b *testing.B) {
 					request()
 				}
 			})
+		}},
+		{"load", func(b *testing.B, impl string) { // the slowest of 100 answers, with 64 kept connections that ask without a pause
+			in := begin(b, impl)
+			var mu sync.Mutex
+			var times []time.Duration
+			b.SetParallelism(64 / runtime.GOMAXPROCS(0))
+			b.RunParallel(func(pb *testing.PB) {
+				var own []time.Duration
+				for request := connect(b, in.addr); pb.Next(); {
+					began := time.Now()
+					request()
+					own = append(own, time.Since(began))
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				times = append(times, own...)
+			})
+			slices.Sort(times)
+			b.ReportMetric(float64(times[len(times)*99/100].Nanoseconds()), "p99-ns")
+			b.ReportMetric(0, "ns/op")
 		}},
 		{"memory", func(b *testing.B, impl string) { // resident, at rest and with 1,000 idle connections
 			in := begin(b, impl)

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -28,6 +29,7 @@ func crowds() []crowd {
 		tooLarge = request + "Cookie: " + strings.Repeat("x", 30<<10) + "\r\n"
 		tiny     = request + strings.Repeat("a:b\r\n", 19<<10/5)
 		body     = request + "Content-Length: 10\r\n\r\n"
+		post     = "POST /contacts HTTP/1.1\r\nHost: a.example\r\nContent-Length: 100\r\n\r\n"
 		garbage  = strings.Repeat("\x16\x03\x01\x00\xff\n", 100)
 	)
 	return []crowd{
@@ -47,6 +49,9 @@ func crowds() []crowd {
 		{name: "5,000 ask without end and never read", clients: 5000, join: floods(whole, 0)},
 		{name: "1,000 ask without end and read a byte every 100 ms", clients: 1000, join: floods(whole, 100*time.Millisecond)},
 		{name: "5,000 ask without end and read a byte every 100 ms", clients: 5000, join: floods(whole, 100*time.Millisecond)},
+		{name: "1,000 ask without end and never read, and then 600 are silent", clients: 1000, join: deaf(whole), late: 600, joinLate: waits("")},
+		{name: "1,000 announce a body that a route reads, and it never comes", clients: 1000, join: waits(post), next: true},
+		{name: "1,000 send a body that a route reads, a byte every 100 ms", clients: 1000, join: drips(post, 100*time.Millisecond), next: true},
 	}
 }
 
@@ -55,6 +60,10 @@ type crowd struct {
 	clients int
 	join    func(ctx context.Context, addr string)
 	large   bool // its requests take memory
+
+	late     int // clients that come all at once when the others are in
+	joinLate func(ctx context.Context, addr string)
+	next     bool // against the image with the route of the README's "Develop": see TestNext
 }
 
 // crowdTime is how long a crowd stays, and crowdComes how long its clients take to come.
@@ -74,48 +83,64 @@ func beCrowd(name, addr string) {
 			c.join(ctx, addr)
 		})
 	}
+	for i := range c.late {
+		clients.Go(func() {
+			time.Sleep(crowdComes + time.Second + 2*time.Second*time.Duration(i)/time.Duration(c.late))
+			c.joinLate(ctx, addr)
+		})
+	}
 	clients.Wait()
 }
 
-// TestCrowd sends crowds at the container of the README's Docker block and asks beside them as
-// a probe does. Where requests take memory it does so without GOMEMLIMIT too, to show what that
-// is good for. It needs a machine to itself: TestDocker has built the image.
+// TestCrowd sends crowds at the container of the README's Docker block. Where requests take memory
+// it does so without GOMEMLIMIT too, to show what that is good for. It needs a machine to itself:
+// TestDocker has built the image, and TestNext the one that has another route.
 func TestCrowd(t *testing.T) {
 	var report strings.Builder // a line for each crowd, printed in one place at the end
 	defer func() { t.Log(report.String()) }()
-	for _, tt := range crowds() {
-		limits := map[string]string{tt.name: "-e GOMEMLIMIT=100MiB "}
-		if tt.large {
-			limits[tt.name+", no GOMEMLIMIT"] = ""
+	for _, crowd := range crowds() {
+		image := image
+		if crowd.next {
+			image = nextImage
+		}
+		limits := map[string]string{crowd.name: "-e GOMEMLIMIT=100MiB "}
+		if crowd.large {
+			limits[crowd.name+", no GOMEMLIMIT"] = ""
 		}
 		for name, limit := range limits {
 			t.Run(name, func(t *testing.T) {
-				c := startContainer(t, limit)
-				ctx, cancel := context.WithTimeout(t.Context(), crowdTime)
-				defer cancel()
-				crowd := exec.Command(os.Args[0])
-				crowd.Env = append(os.Environ(), "CI_BE_CROWD="+tt.name, "CI_ADDR="+c.addr)
-				if err := crowd.Start(); err != nil {
-					t.Fatal(err)
-				}
-				var kept keptClient
-				var beside sync.WaitGroup
-				beside.Go(func() { kept.ask(ctx, c.addr) })
-				times, failed, files := c.probe(ctx)
-				beside.Wait()
-				crowd.Wait()
-				state := output(t, "docker", "inspect", "--format", "{{.State.Status}}, killed for memory: {{.State.OOMKilled}}", c.id)
-				if state != "running, killed for memory: false" || len(failed) > 0 {
-					t.Errorf("got the container %s and %d probes failed, want it running and none", state, len(failed))
-				}
-				if files > c.limit+1+10 { // the one that waits to get in; the listener, the log and the like
-					t.Errorf("got %d open files, want no more than %d connections", files, c.limit)
-				}
-				fmt.Fprintf(&report, "\n%s: %d probes, failed: %q, median %v, slowest %v; %v; the kernel's queue was full %s times; %d open files at most; memory: %.0f MiB at most of %.0f",
-					name, len(times), failed, times[len(times)/2].Round(time.Millisecond), times[len(times)-1].Round(time.Millisecond), &kept, c.overflows(t), files, c.peak(t)/(1<<20), c.memory/(1<<20))
+				fmt.Fprintf(&report, "\n%s: %s", name, crowd.send(t, startContainer(t, image, limit)))
 			})
 		}
 	}
+}
+
+// send sends the crowd and asks beside it as a probe does, and as a client that keeps its
+// connection. It returns what it saw.
+func (c crowd) send(t *testing.T, at *container) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), crowdTime)
+	defer cancel()
+	crowd := exec.Command(os.Args[0])
+	crowd.Env = append(os.Environ(), "CI_BE_CROWD="+c.name, "CI_ADDR="+at.addr)
+	if err := crowd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var kept keptClient
+	var beside sync.WaitGroup
+	beside.Go(func() { kept.ask(ctx, at.addr) })
+	times, failed, files := at.probe(ctx)
+	beside.Wait()
+	crowd.Wait()
+	state := output(t, "docker", "inspect", "--format", "{{.State.Status}}, killed for memory: {{.State.OOMKilled}}", at.id)
+	if state != "running, killed for memory: false" || len(failed) > 0 {
+		t.Errorf("got the container %s and %d probes failed, want it running and none", state, len(failed))
+	}
+	if files > at.limit+1+10 { // the one that waits to get in; the listener, the log and the like
+		t.Errorf("got %d open files, want no more than %d connections", files, at.limit)
+	}
+	return fmt.Sprintf("%d probes, failed: %q, median %v, slowest %v; %v; the kernel's queue was full %s times; %d open files at most; memory: %.0f MiB at most of %.0f",
+		len(times), failed, times[len(times)/2].Round(time.Millisecond), times[len(times)-1].Round(time.Millisecond), &kept, at.overflows(t), files, at.peak(t)/(1<<20), at.memory/(1<<20))
 }
 
 // join opens a connection that ends with ctx, or none.
@@ -212,6 +237,46 @@ func floods(raw string, pause time.Duration) func(context.Context, string) {
 	}
 }
 
+// deaf returns a client that asks without end, never reads, and has little room for answers. It
+// connects again when it is cut off.
+func deaf(raw string) func(context.Context, string) {
+	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+		return c.Control(func(fd uintptr) {
+			syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4<<10) // bytes
+		})
+	}}
+	return func(ctx context.Context, addr string) {
+		for ctx.Err() == nil {
+			conn, err := dialer.DialContext(ctx, "tcp", addr)
+			if err != nil {
+				continue
+			}
+			end := context.AfterFunc(ctx, func() { conn.Close() })
+			for err == nil {
+				_, err = io.WriteString(conn, raw)
+			}
+			end()
+			conn.Close()
+		}
+	}
+}
+
+// drips returns a client that sends raw and then a byte each time that pause has gone by.
+func drips(raw string, pause time.Duration) func(context.Context, string) {
+	return func(ctx context.Context, addr string) {
+		for ctx.Err() == nil {
+			conn := join(ctx, addr)
+			if conn == nil {
+				continue
+			}
+			for _, err := io.WriteString(conn, raw); err == nil; _, err = io.WriteString(conn, "x") {
+				time.Sleep(pause)
+			}
+			conn.Close()
+		}
+	}
+}
+
 // keptClient is a client that asks five times a second on a kept connection, as a balancer may.
 type keptClient struct {
 	answers, left, cut int // requests that were answered, answers that told it to leave, requests that got no answer
@@ -254,10 +319,10 @@ type container struct {
 	memory   float64 // bytes
 }
 
-// startContainer runs the README's line with other memory options for Go.
-func startContainer(t *testing.T, goMemory string) *container {
+// startContainer runs the README's line with another image and other memory options for Go.
+func startContainer(t *testing.T, from, goMemory string) *container {
 	t.Helper()
-	line := replace(t, dockerRun(t, ""), "-e GOMEMLIMIT=100MiB ", goMemory)
+	line := replace(t, dockerRun(t, ""), "-e GOMEMLIMIT=100MiB ", goMemory, image, from)
 	c := &container{id: output(t, "bash", "-euc", line)}
 	t.Cleanup(func() { exec.Command("docker", "rm", "-f", c.id).Run() })
 	fields := strings.Fields(output(t, "docker", "inspect", "--format", "{{.NetworkSettings.IPAddress}} {{.State.Pid}} {{.HostConfig.Memory}}", c.id))

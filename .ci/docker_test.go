@@ -1,6 +1,7 @@
 package ci
 
 import (
+	"fmt"
 	"os/exec"
 	"regexp"
 	"strconv"
@@ -15,6 +16,9 @@ func dockerRun(t *testing.T, options string) string {
 	command := regexp.MustCompile(`(?m)^docker run (.*\\\n)*.*`).FindString(block(t, "sh docker"))
 	return replace(t, command, "--name contact-processor -p 5034:5034", options)
 }
+
+// image is the one that TestDocker builds.
+const image = "whatsapp-contact-processor:1.0.0"
 
 // TestDocker runs the README's block as it stands, then holds the image and a
 // draining container against what the README says of them.
@@ -54,13 +58,16 @@ func TestDocker(t *testing.T) {
 		t.Errorf("probe of port 0: got %q, want exit code 64 and what is right", out)
 	}
 
-	image := "whatsapp-contact-processor:1.0.0"
 	fields := strings.Fields(run("docker image inspect --format '{{.Config.User}} {{.Size}}' " + image))
 	if user, _, _ := strings.Cut(fields[0], ":"); user == "0" || strings.Trim(user, "0123456789") != "" {
 		t.Errorf("got user %s, want a number that is not root's", fields[0])
 	}
-	if size, err := strconv.Atoi(fields[1]); err != nil || size > 7_000_000 {
+	size, err := strconv.Atoi(fields[1])
+	if err != nil || size > 7_000_000 {
 		t.Errorf("got an image of %s bytes, want 7,000,000 at most", fields[1])
+	}
+	if said := fmt.Sprintf("one static binary of %.1f MB", float64(size)/1e6); !strings.Contains(output(t, "cat", "../README.md"), said) {
+		t.Errorf("the README does not say %q", said)
 	}
 	if files := run("id=$(docker create " + image + "); docker export $id | tar -t --exclude='dev*' --exclude='etc*' --exclude='proc*' --exclude='sys*' --exclude=.dockerenv; docker rm $id >/dev/null"); files != "whatsapp-contact-processor" {
 		t.Errorf("got files %q in the image, want the binary alone", files)

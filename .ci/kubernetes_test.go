@@ -201,7 +201,7 @@ func (c *cluster) rollOut() {
 		connected: map[string]time.Time{}, deleted: map[string]time.Time{}, gone: map[string]time.Time{}}
 	load.Go(func() { w.watchPods(ctx) })
 	load.Go(func() { w.watchConnections(ctx) })
-	kinds := []*requests{{path: "/health", want: 200}, {path: "/contacts", want: 404}, {path: "/health", want: 200, keep: true}, {path: "/contacts", want: 404, keep: true}}
+	kinds := []*requests{{path: "/health", want: 200}, {path: "/no-such-path", want: 404}, {path: "/health", want: 200, keep: true}, {path: "/no-such-path", want: 404, keep: true}}
 	for _, r := range kinds {
 		for range 4 {
 			load.Go(func() { r.send(ctx, w.addr) })

@@ -102,7 +102,7 @@ func (p *pair) roll(t *testing.T, rounds int) {
 	defer cancel()
 	until(t, "the balancer", func() bool { code, _ := get(p.url + "/health"); return code == 200 })
 	for range 4 {
-		workers.Go(func() { p.load(ctx, "/contacts", 404) })
+		workers.Go(func() { p.load(ctx, "/no-such-path", 404) })
 	}
 	workers.Go(func() { p.load(ctx, "/health", 200) })
 	p.serves(t, 0)
@@ -124,7 +124,7 @@ func (p *pair) roll(t *testing.T, rounds int) {
 	}
 	p.mu.Lock()
 	t.Logf("%d rounds: ordinary requests sent %d, lost %d; GET /health sent %d, lost %d; %.1f s at most from SIGTERM to the last request to the leaving instance; %q",
-		rounds, p.sent["/contacts"], p.lost["/contacts"], p.sent["/health"], p.lost["/health"], moved.Seconds(), p.problems)
+		rounds, p.sent["/no-such-path"], p.lost["/no-such-path"], p.sent["/health"], p.lost["/health"], moved.Seconds(), p.problems)
 	p.mu.Unlock()
 }
 
@@ -132,7 +132,7 @@ func (p *pair) roll(t *testing.T, rounds int) {
 func (p *pair) lostSoFar() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.lost["/contacts"]
+	return p.lost["/no-such-path"]
 }
 
 // kill ends instance a without warning: it leaves the pool and comes back. In
@@ -145,7 +145,7 @@ func (p *pair) kill(t *testing.T) {
 	defer workers.Wait()
 	defer cancel()
 	for range 4 {
-		workers.Go(func() { p.load(ctx, "/contacts", 404) })
+		workers.Go(func() { p.load(ctx, "/no-such-path", 404) })
 	}
 	p.serves(t, 0)
 	before := p.lostSoFar()
@@ -177,7 +177,7 @@ func (p *pair) tried(t *testing.T, d time.Duration) (n int) {
 			return n
 		}
 		conn.SetDeadline(time.Now().Add(time.Second))
-		if line, _ := bufio.NewReader(conn).ReadString('\n'); strings.Contains(line, "/contacts") {
+		if line, _ := bufio.NewReader(conn).ReadString('\n'); strings.Contains(line, "/no-such-path") {
 			n++
 		}
 		conn.Close()
@@ -188,8 +188,8 @@ func (p *pair) wantNoneLost(t *testing.T) {
 	t.Helper()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.lost["/contacts"] > 0 {
-		t.Errorf("got %d ordinary requests lost, want 0: %q", p.lost["/contacts"], p.problems)
+	if p.lost["/no-such-path"] > 0 {
+		t.Errorf("got %d ordinary requests lost, want 0: %q", p.lost["/no-such-path"], p.problems)
 	}
 }
 
