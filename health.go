@@ -84,7 +84,7 @@ func refuseUnclean(next http.Handler) http.Handler {
 
 // allowOrigins lets the pages of origins read the answers. Nobody logs in here, so credentials
 // are never allowed. Methods that are not allowed get no CORS headers from rs/cors, so a page does
-// not see its 405. The header of Private Network Access is not among them: Chrome gave that up.
+// not see its 405. Private Network Access has no header here, for Chrome gave it up.
 func allowOrigins(origins []string, next http.Handler) http.Handler {
 	return cors.New(cors.Options{
 		AllowedOrigins: origins,

@@ -507,7 +507,7 @@ func (ln *listener) closeIdle() {
 	ln.mu.Lock()
 	defer ln.mu.Unlock()
 	for c := range ln.conns {
-		if c.needsRequest() && c.begun.IsZero() && !c.since.IsZero() {
+		if c.needsRequest() && c.firstByte.IsZero() && !c.since.IsZero() {
 			c.SetReadDeadline(time.Unix(1, 0)) // a time that is over
 		}
 	}
@@ -515,7 +515,7 @@ func (ln *listener) closeIdle() {
 
 // setState is told by the server what it does with a connection: see http.Server.ConnState.
 func (ln *listener) setState(nc net.Conn, state http.ConnState) {
-	nc.(*conn).enter(state)
+	nc.(*conn).setState(state)
 	if state == http.StateIdle && ln.crowded() {
 		runtime.Gosched() // a client that sends many requests at once takes turns with the others
 	}
@@ -526,24 +526,24 @@ type conn struct {
 	net.Conn // and not *net.TCPConn, whose ReadFrom would get past Write
 	ln       *listener
 
-	state    http.ConnState
-	since    time.Time     // when the server began to wait for the client; zero if it does not
-	waited   time.Duration // in this state, before that
-	begun    time.Time     // when a request has begun to come; zero if none has
-	lines    int           // that have ended in this state
-	lineEnds int           // behind the last other byte that came: two or more end the headers
+	state     http.ConnState
+	since     time.Time     // when the server began to wait for the client; zero if it does not
+	waited    time.Duration // in this state, before that
+	firstByte time.Time     // of the request that comes, as it was read; zero if none has begun
+	lines     int           // that have ended in this state
+	lineEnds  int           // behind the last other byte that came: two or more end the headers
 }
 
-// enter begins a state. A hijacked connection is its handler's to bound and to close.
-func (c *conn) enter(state http.ConnState) {
+// setState begins a state. A hijacked connection is its handler's to bound and to close.
+func (c *conn) setState(state http.ConnState) {
 	c.ln.mu.Lock()
 	defer c.ln.mu.Unlock()
 	c.state = state
 	c.waited = 0
 	c.lines = 0
-	c.begun = time.Time{}
+	c.firstByte = time.Time{}
 	if c.lineEnds < 2 {
-		c.begun = time.Now() // it came with the one before
+		c.firstByte = time.Now() // it came with the one before
 	}
 	if state == http.StateHijacked {
 		delete(c.ln.conns, c)
@@ -564,7 +564,7 @@ func (c *conn) Read(p []byte) (int, error) {
 		return 0, err
 	}
 	n, err := c.Conn.Read(p)
-	c.hear(p[:n])
+	c.noteRead(p[:n])
 	return n, err
 }
 
@@ -599,19 +599,19 @@ func (c *conn) limitRequest() error {
 	if c.needsRequest() && c.lines > maxLines {
 		return errors.New("too many header lines")
 	}
-	if c.state == http.StateIdle && !c.begun.IsZero() {
-		c.SetReadDeadline(c.begun.Add(readTimeout))
+	if c.state == http.StateIdle && !c.firstByte.IsZero() {
+		c.SetReadDeadline(c.firstByte.Add(readTimeout))
 	}
 	return nil
 }
 
-// hear notes what has come.
-func (c *conn) hear(p []byte) {
+// noteRead notes what has come.
+func (c *conn) noteRead(p []byte) {
 	c.ln.mu.Lock()
 	defer c.ln.mu.Unlock()
 	text := bytes.TrimRight(p, "\r\n")
 	if len(text) > 0 {
-		c.begun = cmp.Or(c.begun, time.Now())
+		c.firstByte = cmp.Or(c.firstByte, time.Now())
 		c.lineEnds = 0
 	}
 	c.lineEnds += bytes.Count(p[len(text):], []byte("\n"))
