@@ -822,17 +822,15 @@ func TestGivesWay(t *testing.T) {
 			}
 		}
 	}
-	idle := func(c net.Conn) {
-		io.WriteString(c, get+"\r\n")
-		io.ReadFull(c, make([]byte, 10)) // net/http writes it at once, and a pipe keeps nothing
-		go io.Copy(io.Discard, c)
+	ask := func(raw string) func(net.Conn) {
+		return func(c net.Conn) {
+			io.WriteString(c, raw)
+			io.Copy(io.Discard, c)
+		}
 	}
-	silent, half, body := send(""), send(get), send(post)
-	deaf := send(get + "\r\n")
-	busy := func(c net.Conn) {
-		io.WriteString(c, "GET /busy HTTP/1.1\r\nHost: a.example\r\n\r\n")
-		io.Copy(io.Discard, c)
-	}
+	silent := func(net.Conn) {}
+	half, body, deaf := send(get), send(post), send(get+"\r\n")
+	idle, busy := ask(get+"\r\n"), ask("GET /busy HTTP/1.1\r\nHost: a.example\r\n\r\n")
 	type client struct {
 		begins time.Duration // after the one before
 		does   func(net.Conn)

@@ -335,7 +335,7 @@ func drain(ln *listener, c config) error {
 // too late, before it has accepted what came meanwhile: so it naps until five naps end on time.
 func lastCall() {
 	const nap = 10 * time.Millisecond
-	for naps, onTime := 0, 0; onTime < 5 && naps < 20; naps++ { // 20 where none does
+	for naps, onTime := 0, 0; onTime < 5 && naps < 20; naps++ { // or 20 have ended
 		began := time.Now()
 		time.Sleep(nap)
 		if time.Since(began) < 2*nap {
