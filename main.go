@@ -411,8 +411,8 @@ func (ln *listener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	// What the kernel holds for a client that does not read are some hundred answers: 50 KB at most,
-	// for Linux takes twice the size each way and more for a large packet, and counts it to the
+	// The kernel holds some hundred answers for a client that does not read: 50 KB at most, for
+	// Linux takes twice the size each way and more for a large packet, and counts it to the
 	// container. A route for large bodies wants larger buffers.
 	const bufferSize = 8 << 10 // bytes
 	if tcp, ok := inner.(*net.TCPConn); ok {
@@ -589,8 +589,8 @@ func (c *conn) stopClock() {
 }
 
 // limitRequest bounds a request before more of it is read. Behind too many header lines it fails,
-// and net/http says 400: each takes some 200 bytes of memory, however short it is. Apache, Envoy and
-// Kestrel have the same limit; with Go 1.27 as the minimum, Server.MaxHeaderValueCount replaces it.
+// and net/http says 400: each takes some 200 bytes of memory, however short it is. Apache, Envoy
+// and Kestrel have this limit; with Go 1.27 as the minimum, Server.MaxHeaderValueCount replaces it.
 // And a kept connection's next request has readTimeout from its first byte on, not from its fourth.
 func (c *conn) limitRequest() error {
 	const maxLines = 1 + 100 // the request line and the headers
