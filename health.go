@@ -36,7 +36,7 @@ func routes(draining func() bool) *http.ServeMux {
 func newHandler(routes http.Handler, origins []string, mustClose func() bool) http.Handler {
 	h := refuseUnclean(routes)
 	h = allowOrigins(origins, h)
-	h = closeBehindBody(h)
+	h = limitUnreadBody(h)
 	h = closeWhile(mustClose, h)
 	return neverStore(h)
 }
@@ -94,29 +94,26 @@ func allowOrigins(origins []string, next http.Handler) http.Handler {
 	}).Handler(next)
 }
 
-// closeBehindBody closes the connection after a request with a body: RFC 9112, section 6.1, wants
-// that of one in chunks that has a length too, and no check sends any. What its handler leaves
-// unread holds the connection for unreadTimeout, from the end of the handler on. How large a body
-// may be is its handler's to say, with http.MaxBytesReader.
-func closeBehindBody(next http.Handler) http.Handler {
-	const unreadTimeout = 100 * time.Millisecond // what is on its way arrives, more is not worth it
+// limitUnreadBody gives a body that its handler has left unread a short time to arrive, because
+// net/http reads what is left of it before it answers. A handler limits the size of its body itself,
+// with http.MaxBytesReader.
+func limitUnreadBody(next http.Handler) http.Handler {
+	const unreadTimeout = 100 * time.Millisecond // enough for what is on its way
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.ContentLength == 0 {
-			next.ServeHTTP(w, r)
-			return
-		}
-		w.Header().Set("Connection", "close")
 		next.ServeHTTP(w, r)
-		http.NewResponseController(w).SetReadDeadline(time.Now().Add(unreadTimeout))
+		if r.ContentLength != 0 {
+			http.NewResponseController(w).SetReadDeadline(time.Now().Add(unreadTimeout))
+		}
 	})
 }
 
-// closeWhile tells each client to leave with its answer while mustClose reports true. Nobody else
-// can move a connection that its client keeps.
+// closeWhile asks each client to leave with its answer while mustClose reports true, because nobody
+// else can move a connection that its client keeps. It asks so after a request in chunks too: RFC
+// 9112, section 6.1, wants that if the request also has a length, which net/http has removed.
 func closeWhile(mustClose func() bool, next http.Handler) http.Handler {
 	header := []string{"close"}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if mustClose() {
+		if mustClose() || len(r.TransferEncoding) > 0 {
 			w.Header()["Connection"] = header
 		}
 		next.ServeHTTP(w, r)
