@@ -31,6 +31,18 @@ func crowds() []crowd {
 		body     = request + "Content-Length: 10\r\n\r\n"
 		post     = "POST /contacts HTTP/1.1\r\nHost: a.example\r\nContent-Length: 100\r\n\r\n"
 		garbage  = strings.Repeat("\x16\x03\x01\x00\xff\n", 100)
+
+		// These leave room for one byte: in the buffer that net/http reads a request or a body with,
+		// and in the 20 KiB that a request may have.
+		buffer    = pad("GET /", 4<<10-1)
+		headers   = pad("GET /", 20<<10-1)
+		chunkSize = "POST /contacts HTTP/1.1\r\nHost: a.example\r\nTransfer-Encoding: chunked\r\n\r\n" + pad("1;", 4<<10-1)
+
+		// A request, and of the next one a thousand lines; or as many lines as are read ahead of it,
+		// as many more as it may have, and one header of all the bytes that are left.
+		next    = whole + "GET / HTTP/1.1\n"
+		ahead   = next + lines(1000)
+		mixture = next + lines((512-len(next))/4+100) + pad("a:", 18<<10)
 	)
 	return []crowd{
 		{name: "5,000 send one request and keep the connection", clients: 5000, join: waits(whole)},
@@ -38,6 +50,10 @@ func crowds() []crowd {
 		{name: "5,000 send 15 KB of headers that never end", clients: 5000, join: waits(cookies), large: true},
 		{name: "2,000 send 19 KB of tiny headers that never end", clients: 2000, join: waits(tiny), large: true},
 		{name: "2,000 send 30 KB of headers", clients: 2000, join: waits(tooLarge), large: true},
+		{name: "1,500 send a request but for its last bytes, 4,095 in all", clients: 1500, join: waits(buffer)},
+		{name: "1,500 send a request but for its last bytes, 20,479 in all", clients: 1500, join: waits(headers), large: true},
+		{name: "1,500 send a request and 1,000 lines of the next", clients: 1500, join: waits(ahead), large: true},
+		{name: "1,500 send a request, many lines of the next, and a large header", clients: 1500, join: waits(mixture)},
 		{name: "5,000 announce a body that never comes", clients: 5000, join: waits(body)},
 		{name: "1,000 ask again and again", clients: 1000, join: asks(whole)},
 		{name: "1,000 ask again and again with 15 KB of headers", clients: 1000, join: asks(cookies + "\r\n"), large: true},
@@ -52,8 +68,21 @@ func crowds() []crowd {
 		{name: "1,000 ask without end and never read, and then 600 are silent", clients: 1000, join: deaf(whole), late: 600, joinLate: waits("")},
 		{name: "1,000 announce a body that a route reads, and it never comes", clients: 1000, join: waits(post), next: true},
 		{name: "1,000 send a body that a route reads, a byte every 100 ms", clients: 1000, join: drips(post, 100*time.Millisecond), next: true},
+		{name: "1,500 send a chunk of a body that a route reads, its size line without an end", clients: 1500, join: waits(chunkSize), next: true},
 	}
 }
+
+// lines returns n short header lines with different names.
+func lines(n int) string {
+	var text strings.Builder
+	for i := range n {
+		fmt.Fprintf(&text, "%s:\n", strconv.FormatInt(int64(36+i), 36))
+	}
+	return text.String()
+}
+
+// pad returns text and as many letters as make it size bytes long.
+func pad(text string, size int) string { return text + strings.Repeat("x", size-len(text)) }
 
 type crowd struct {
 	name    string
