@@ -19,7 +19,7 @@ func TestBrowser(t *testing.T) {
 	}))
 	defer page.Close()
 	readme := output(t, "cat", "../README.md")
-	list := regexp.MustCompile("`(ALLOWED_ORIGINS=https://dashboard\\.example)` goes with it").FindStringSubmatch(readme)[1]
+	list := regexp.MustCompile("Start the service with `(ALLOWED_ORIGINS=https://dashboard\\.example)`").FindStringSubmatch(readme)[1]
 	allowed := start(t, service, "0", replace(t, list, "https://dashboard.example", page.URL))
 	draining := start(t, service, "0", replace(t, list, "https://dashboard.example", page.URL), "DRAIN_DELAY=1h")
 	other := start(t, service, "0", list)

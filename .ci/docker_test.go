@@ -42,6 +42,19 @@ func TestDocker(t *testing.T) {
 		t.Errorf("got %q, want exit code 0", out)
 	}
 
+	upgrade := regexp.MustCompile("To upgrade, run `(make image VERSION=(\\S+))`, then `(.*?)`, then `docker run`").FindStringSubmatch(output(t, "cat", "../README.md"))
+	if upgrade == nil {
+		t.Fatal("the README does not say how to upgrade")
+	}
+	next := "whatsapp-contact-processor:" + upgrade[2]
+	again := replace(t, dockerRun(t, "--name contact-processor -p 5034:5034"), image, next)
+	run(upgrade[1] + "; " + upgrade[3] + "; " + again)
+	if got := run("docker inspect --format '{{.Config.Image}}' contact-processor"); got != next {
+		t.Errorf("upgraded: got image %s, want %s", got, next)
+	}
+	until(t, "the upgraded service", func() bool { code, _ := get("http://localhost:5034/health"); return code == 200 })
+	run("docker rm -f contact-processor; docker rmi " + next)
+
 	// An instance that drains, asked every second; another port through the environment.
 	run(dockerRun(t, "--name contact-processor-drain -e PORT=8080 -e DRAIN_DELAY=8s --health-interval 1s"))
 	health("contact-processor-drain", "healthy")

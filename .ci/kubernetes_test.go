@@ -19,11 +19,14 @@ import (
 	"time"
 )
 
-// TestKubeScore lets kube-score read the README's block as it stands.
+// TestKubeScore lets kube-score read the README's block as it stands. Three of its checks do not fit:
+// there is one route and no dependency, so the probes are alike; the cluster decides who can connect;
+// and an image that was loaded onto the nodes cannot be pulled.
 func TestKubeScore(t *testing.T) {
 	t.Parallel()
 	file := write(t, "kubernetes.yaml", block(t, "yaml contact-processor.yaml"))
-	t.Log(output(t, "go", "run", "github.com/zegl/kube-score/cmd/kube-score@v1.20.0", "score", file))
+	t.Log(output(t, "go", "run", "github.com/zegl/kube-score/cmd/kube-score@v1.20.0", "score",
+		"--ignore-test", "pod-probes-identical", "--ignore-test", "pod-networkpolicy", "--ignore-test", "container-image-pull-policy", file))
 }
 
 // cluster is a namespace on a Kubernetes whose node is this machine: Service addresses

@@ -18,7 +18,8 @@ import (
 	renderer "github.com/yuin/goldmark/renderer/html"
 )
 
-// page is the README as GitHub shows it, in a column of text with a margin.
+// page is the README as GitHub shows it, in a column of text with a margin. Its fonts are wider than
+// those of most phones.
 const page = `<!doctype html><meta charset=utf-8><style>
 body { width: %dpx; margin: %dpx; font: 16px/1.5 "DejaVu Sans"; overflow-wrap: break-word }
 code, pre { font: 85%%/1.45 "DejaVu Sans Mono" }
@@ -27,7 +28,11 @@ pre code { font-size: 100%% }
 table { border-collapse: collapse; display: block; width: max-content; max-width: 100%%; overflow: auto }
 td, th { padding: 6px 13px; border: 1px solid #d1d9e0 }
 </style>%s<script>
-const seen = { blocks: [], links: [], tables: [], details: 0, open: 0 };
+const seen = { blocks: [], links: [], tables: [], broken: [], details: 0, open: 0 };
+for (const p of document.querySelectorAll("pre")) {
+	const top = p.getBoundingClientRect().top;
+	seen.blocks.push({ first: p.checkVisibility() && top < 850 });
+}
 for (const a of document.querySelectorAll("a[href^='#']"))
 	seen.links.push({ to: a.getAttribute("href"), lands: document.getElementById(a.getAttribute("href").slice(1)) != null });
 for (const d of document.querySelectorAll("details")) {
@@ -35,22 +40,19 @@ for (const d of document.querySelectorAll("details")) {
 	seen.details++;
 	if (d.open) seen.open++;
 }
-for (const p of document.querySelectorAll("pre")) {
+for (const [i, p] of document.querySelectorAll("pre").entries()) {
 	const summary = p.parentElement.querySelector(":scope > summary");
 	const before = p.parentElement.tagName == "DETAILS" ? summary : p.previousElementSibling;
-	seen.blocks.push({ text: p.textContent, before: before.textContent, width: p.scrollWidth, box: p.clientWidth });
+	Object.assign(seen.blocks[i], { text: p.textContent, before: before.textContent, width: p.scrollWidth, box: p.clientWidth });
 }
-for (const t of document.querySelectorAll("table")) {
-	let section = t.previousElementSibling;
-	while (!section.matches("h2")) section = section.previousElementSibling;
-	const cells = [...t.querySelectorAll("th, td")];
-	const third = cells.filter(c => c.cellIndex < 3).map(c => Math.ceil(c.getBoundingClientRect().right));
-	const broken = cells.filter(c => c.cellIndex == 0).flatMap(c => [...c.querySelectorAll("code")]);
-	seen.tables.push({
-		section: section.textContent, right: Math.max(...third), screen: document.body.getBoundingClientRect().right,
-		broken: broken.filter(c => c.textContent.startsWith("-") && c.getClientRects().length > 1).map(c => c.textContent),
-	});
-}
+for (const t of document.querySelectorAll("table"))
+	seen.tables.push({ head: t.querySelector("tr").textContent, width: t.scrollWidth, box: t.clientWidth });
+for (const e of document.querySelectorAll("p, li, h1, h2, h3, h4, summary, table"))
+	if (e.getBoundingClientRect().right > document.body.getBoundingClientRect().right + 1 || e.scrollWidth > e.clientWidth)
+		seen.broken.push(e.textContent);
+for (const c of document.querySelectorAll("li > code:first-child"))
+	if (c.textContent.startsWith("-") && c.getClientRects().length > 1)
+		seen.broken.push(c.textContent);
 document.body.dataset.seen = JSON.stringify(seen);
 </script>`
 
@@ -88,16 +90,17 @@ func lookAt(t *testing.T, text, margin int) {
 		Blocks []struct {
 			Text, Before string
 			Width, Box   int
+			First        bool // on the first screen, and not folded
 		}
 		Links []struct {
 			To    string
 			Lands bool
 		}
 		Tables []struct {
-			Section       string
-			Right, Screen float64
-			Broken        []string
+			Head       string
+			Width, Box int
 		}
+		Broken        []string // text that does not fit, and flags that are broken at a hyphen
 		Details, Open int
 	}
 	if err := json.Unmarshal([]byte(html.UnescapeString(found[1])), &seen); err != nil {
@@ -108,17 +111,21 @@ func lookAt(t *testing.T, text, margin int) {
 	if len(fences) != len(seen.Blocks) || len(fences) == 0 {
 		t.Fatalf("got %d blocks on the page, want the %d of the file", len(seen.Blocks), len(fences))
 	}
-	widest := 0
+	first := 0
 	for i, block := range seen.Blocks {
 		language, name := fences[i][1], fences[i][2]
 		if block.Width > block.Box && text > 800 || block.Box == 0 { // a phone scrolls
 			t.Errorf("%s: got a block of %d pixels in a box of %d:\n%s", name, block.Width, block.Box, block.Text)
 		}
 		for line := range strings.Lines(block.Text) {
-			widest = max(widest, len(line)-1)
+			if columns := len(line) - 1; block.First && columns > 60 {
+				t.Errorf("%s: got a line of %d columns on the first screen, want 60 at most, or the block folded", name, columns)
+			}
 		}
-		// A block of commands is its own name, and that of the answer begins with the command.
-		if language != "sh" && language != "http" && !strings.Contains(block.Before, name) {
+		if block.First {
+			first++
+		}
+		if language != "sh" && !strings.Contains(block.Before, name) {
 			t.Errorf("%s: got %q before the block, want its name there", name, block.Before)
 		}
 	}
@@ -127,24 +134,60 @@ func lookAt(t *testing.T, text, margin int) {
 			t.Errorf("the link to %s lands nowhere", link.To)
 		}
 	}
-	onPhone := 0
 	for _, table := range seen.Tables {
-		if len(table.Broken) > 0 {
-			t.Errorf("%s: got %q broken at hyphens, want each name on one line", table.Section, table.Broken)
-		}
-		if table.Section != "Answers" && table.Section != "Configuration" {
-			continue
-		}
-		onPhone++
-		if table.Right > table.Screen {
-			t.Errorf("%s: got a table whose first three columns end at %v, want the screen's %v", table.Section, table.Right, table.Screen)
+		if table.Width > table.Box {
+			t.Errorf("got a table of %d pixels on a screen of %d: %q", table.Width, table.Box, table.Head)
 		}
 	}
-	if onPhone < 3 {
-		t.Errorf("got %d tables under Answers and Configuration, want 3", onPhone)
+	for _, text := range seen.Broken {
+		t.Errorf("got %q wider than the screen, or broken at a hyphen", text)
+	}
+	if first == 0 || len(seen.Tables) == 0 {
+		t.Errorf("got %d blocks on the first screen and %d tables, want some of each", first, len(seen.Tables))
 	}
 	if len(seen.Links) == 0 || seen.Details == 0 || seen.Open != seen.Details {
 		t.Errorf("got %d links, and %d of %d summaries that open; want some of each, and all to open", len(seen.Links), seen.Open, seen.Details)
 	}
-	t.Logf("%d blocks, the longest line of %d characters; %d links; %d summaries", len(seen.Blocks), widest, len(seen.Links), seen.Details)
+	t.Logf("%d blocks, %d of them on the first screen; %d tables; %d links; %d summaries", len(seen.Blocks), first, len(seen.Tables), len(seen.Links), seen.Details)
+}
+
+// TestPageSays looks for the answers to what users asked, each in the section where they look for it.
+// What a program has to show is in the other tests.
+func TestPageSays(t *testing.T) {
+	t.Parallel()
+	readme := output(t, "cat", "../README.md")
+	if lines := strings.Count(readme, "\n") + 1; lines > 440 {
+		t.Errorf("got a page of %d lines, want 440 at most", lines)
+	}
+	sections := map[string]string{}
+	for _, section := range regexp.MustCompile("(?m)^#{2,4} ").Split(readme, -1) {
+		title, text, _ := strings.Cut(section, "\n")
+		sections[title] = text
+	}
+	for _, tt := range []struct{ question, section, want string }{
+		{"Does it build on Windows?", "Start", "not on Windows"},
+		{"Which version runs?", "Start", "`version=` is the git tag or commit, or `devel`"},
+		{"Which origins do apps have?", "Configuration", "`app://\\.`, `file://` or `qrc://`"},
+		{"How long does the probe wait?", "Configuration", "The probe waits for 2 s"},
+		{"Why exit code 2?", "Configuration", "\\| 2 \\| Go .* crashed, .* cannot read `GOMEMLIMIT`"},
+		{"When does & ignore Ctrl-C?", "How it stops", "`&` in a script ignores SIGINT"},
+		{"Which 5 s does a connection get?", "Limits", "\\| 5 s \\| the first request on a new connection"},
+		{"Which 620 s does a connection get?", "Limits", "\\| 620 s \\| .* a kept connection"},
+		{"How much memory do 2,000 connections need?", "Limits", "256 MB for 2,000"},
+		{"Another port in Docker?", "Docker", "`-p 8080:5034`"},
+		{"How do I upgrade the container?", "Docker", "To upgrade, run `make image .*`docker stop .* docker rm .*`docker run`"},
+		{"Can I reuse a tag?", "Docker", "Never reuse a tag"},
+		{"How do I upgrade the pods?", "Kubernetes", "To upgrade, run `make image .* push or load .* `kubectl apply"},
+		{"How long must the grace period be?", "Kubernetes", "terminationGracePeriodSeconds: 30 +# more than preStop \\+ DRAIN_DELAY \\+ SHUTDOWN_TIMEOUT"},
+		{"TLS on Kubernetes?", "Kubernetes", "For TLS, .* Ingress"},
+		{"TLS with Caddy?", "Caddy", "For TLS, .* in place of `:8080`"},
+		{"Which DRAIN_DELAY?", "Rolling restart", "`DRAIN_DELAY=5s`"},
+		{"My handler takes more than 10 s?", "Develop", "10 s, the client gets an empty reply .*`http.TimeoutHandler`.*`SetWriteDeadline`"},
+		{"Why are uploads slow?", "Develop", "0\\.4 MB/s .*8 KiB"},
+		{"Why does make lint take a minute?", "Develop", "1 min, to download the linters"},
+	} {
+		if !regexp.MustCompile(tt.want).MatchString(sections[tt.section]) {
+			t.Errorf("%s The section %q does not say %q", tt.question, tt.section, tt.want)
+		}
+	}
 }
