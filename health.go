@@ -19,20 +19,20 @@ import (
 
 const (
 	healthyBody = `{"status":"healthy","message":"WhatsApp Contact Processor API is running"}` + "\n"
-	// Load balancers look for a substring: no "healthy" here, not even in "unhealthy".
+	// Load balancers search for a word, so this has no "healthy", and no "unhealthy" either.
 	drainingBody = `{"status":"draining","message":"WhatsApp Contact Processor API is shutting down"}` + "\n"
 )
 
-// routes holds each route once, with its method. The next one goes here. For pages of other origins
-// its method has to be in allowOrigins too.
+// routes registers each route, with its method. Add the next one here. For pages of other origins,
+// add its method to allowOrigins too.
 func routes(draining func() bool) *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.Handle("GET /health", health(draining)) // HEAD too
 	return mux
 }
 
-// newHandler passes every request through the rules that hold for all routes, the last of these
-// lines first. While mustClose reports true, an answer is the last one on its connection.
+// newHandler passes each request through the rules for all routes, from the last of these lines to
+// the first. While mustClose reports true, each answer is the last one on its connection.
 func newHandler(routes http.Handler, origins []string, mustClose func() bool) http.Handler {
 	h := refuseUnclean(routes)
 	h = allowOrigins(origins, h)
@@ -41,7 +41,7 @@ func newHandler(routes http.Handler, origins []string, mustClose func() bool) ht
 	return neverStore(h)
 }
 
-// health says 200, or 503 while draining reports true.
+// health answers 200, or 503 while draining reports true.
 func health(draining func() bool) http.Handler {
 	healthy := jsonAnswer(http.StatusOK, healthyBody)
 	leaving := jsonAnswer(http.StatusServiceUnavailable, drainingBody)
@@ -54,22 +54,21 @@ func health(draining func() bool) http.Handler {
 	})
 }
 
-// jsonAnswer returns a handler that always says the same. Its header is made once, so that no
-// request pays for it.
+// jsonAnswer returns a handler that always gives the same answer. It builds the header only once.
 func jsonAnswer(code int, body string) http.HandlerFunc {
 	header := http.Header{
 		"Content-Type":   {"application/json"},
-		"Content-Length": {strconv.Itoa(len(body))}, // of HEAD too: RFC 9110, section 9.3.2
+		"Content-Length": {strconv.Itoa(len(body))}, // for HEAD too: RFC 9110, section 9.3.2
 	}
 	return func(w http.ResponseWriter, _ *http.Request) {
 		maps.Copy(w.Header(), header)
 		w.WriteHeader(code)
-		io.WriteString(w, body) // net/http keeps it from HEAD; an error: the client has gone
+		io.WriteString(w, body) // net/http drops it for HEAD; it fails if the client has gone
 	}
 }
 
-// refuseUnclean says 404 where ServeMux would redirect to the path without its double slashes
-// and dots: many a check takes a 3xx for good, draining or not.
+// refuseUnclean answers 404 where ServeMux would redirect to a path without double slashes and
+// dots, because many checks take a 3xx for healthy, even in a drain.
 func refuseUnclean(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		escaped := r.URL.EscapedPath()
@@ -82,15 +81,14 @@ func refuseUnclean(next http.Handler) http.Handler {
 	})
 }
 
-// allowOrigins lets the pages of origins read the answers. Nobody logs in here, so credentials
-// are never allowed. Methods that are not allowed get no CORS headers from rs/cors, so a page does
-// not see its 405. Private Network Access has no header here, for Chrome gave it up.
+// allowOrigins lets pages of the origins read the answers. It never allows credentials, because
+// there is no login. For other methods rs/cors sends no CORS headers, so a page cannot see its 405.
 func allowOrigins(origins []string, next http.Handler) http.Handler {
 	return cors.New(cors.Options{
 		AllowedOrigins: origins,
 		AllowedMethods: []string{http.MethodGet, http.MethodHead},
 		AllowedHeaders: []string{"*"},
-		MaxAge:         600, // seconds: spares a page preflights, and shows it a new list soon
+		MaxAge:         600, // seconds: few preflights, and a new list is soon seen
 	}).Handler(next)
 }
 
@@ -120,8 +118,8 @@ func closeWhile(mustClose func() bool, next http.Handler) http.Handler {
 	})
 }
 
-// neverStore keeps answers out of caches: an old one is no check, and the next version may have
-// the path that this one has not.
+// neverStore keeps answers out of caches: an old answer says nothing about now, and the next version
+// may have a path that this one lacks.
 func neverStore(next http.Handler) http.Handler {
 	header := []string{"no-store"}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -130,7 +128,7 @@ func neverStore(next http.Handler) http.Handler {
 	})
 }
 
-// parseOrigins returns the entries of a comma-separated allow list.
+// parseOrigins returns the entries of a comma-separated list, or * alone.
 func parseOrigins(list string) ([]string, error) {
 	if strings.TrimSpace(list) == "*" {
 		return []string{"*"}, nil
@@ -145,23 +143,25 @@ func parseOrigins(list string) ([]string, error) {
 	return origins, nil
 }
 
-// checkOrigin refuses what no browser sends as an Origin (RFC 6454, with hosts and ports as
-// the WHATWG URL Standard writes them) and what would match too much.
+// checkOrigin refuses what no browser sends as an Origin (RFC 6454, with hosts and ports as in the
+// WHATWG URL Standard) and what would match too much. It takes other schemes than http and https as
+// they stand, because the origins of apps have hosts such as "." or none.
 func checkOrigin(origin string) error {
 	if strings.ContainsAny(origin, " ;") {
-		return errors.New("want commas between origins, and neither spaces nor ; in one")
+		return errors.New("want commas between origins, and no blank or ; in one")
 	}
 	origin = strings.ToLower(origin) // as the matching does
 	u, err := url.Parse(origin)
-	noPages := []string{"", "file", "ftp", "ws", "wss"} // their origins are null or none
-	if err != nil || u.Hostname() == "" || slices.Contains(noPages, u.Scheme) {
+	noPages := []string{"", "ftp", "ws", "wss"} // no page has an origin with one of these
+	if err != nil || !strings.Contains(origin, "://") || slices.Contains(noPages, u.Scheme) {
 		return errors.New("want the scheme://host[:port] of a page, with a number for the port, or * alone for all")
 	}
-	host, err := originHost(u.Hostname())
-	if err != nil {
-		return err
+	host, port := u.Host, ""
+	if u.Scheme == "http" || u.Scheme == "https" {
+		host, port, err = webHost(u)
+	} else if strings.Contains(host, "*") {
+		err = errors.New("want * only with http and https")
 	}
-	port, err := originPort(u.Scheme, u.Port())
 	if err != nil {
 		return err
 	}
@@ -171,36 +171,30 @@ func checkOrigin(origin string) error {
 	return nil
 }
 
-// originHost returns host as it stands in an origin: an IPv6 address is shortened and stands
-// in brackets.
-func originHost(host string) (string, error) {
+// webHost returns the host and the port of u as they stand in an origin: an IPv6 address is short and
+// in brackets, and a port has its colon but no leading zeros. The scheme's own port is left out.
+func webHost(u *url.URL) (host, port string, err error) {
+	host = u.Hostname()
 	ip, err := netip.ParseAddr(host)
 	switch {
-	case err == nil && ip.Is4():
-		return host, nil
-	case err == nil && ip.Zone() == "" && !ip.Is4In6():
-		return "[" + ip.String() + "]", nil
-	case isDomain(strings.TrimPrefix(host, "*.")):
-		return host, nil
+	case err == nil && ip.Is6() && ip.Zone() == "" && !ip.Is4In6():
+		host = "[" + ip.String() + "]"
+	case err == nil && ip.Is4(), isDomain(strings.TrimPrefix(host, "*.")):
+	default:
+		return "", "", errors.New("want a host of ASCII letters, digits, - and _ (others as punycode, xn--...) or a plain IP address, and * only as the whole first label")
 	}
-	return "", errors.New("want a host of ASCII letters, digits, - and _ (others as punycode, xn--...) or a plain IP address, and * only as the whole first label")
-}
-
-// originPort returns port as it stands in an origin, behind a colon: the default of the
-// scheme is left out, and so are leading zeros.
-func originPort(scheme, port string) (string, error) {
-	n, err := strconv.ParseUint(port, 10, 16)
+	n, err := strconv.ParseUint(u.Port(), 10, 16)
 	switch {
-	case port == "", scheme == "http" && n == 80, scheme == "https" && n == 443:
-		return "", nil
+	case u.Port() == "", u.Scheme == "http" && n == 80, u.Scheme == "https" && n == 443:
+		return host, "", nil
 	case err != nil, n == 0:
-		return "", errors.New("want a port number from 1 to 65535, or none for the scheme's own")
+		return "", "", errors.New("want a port number from 1 to 65535, or none for the scheme's own")
 	}
-	return fmt.Sprintf(":%d", n), nil
+	return host, fmt.Sprintf(":%d", n), nil
 }
 
-// isDomain reports whether browsers keep the lower-case name as it is: they turn other letters
-// into punycode, and a name whose last label is a number into an IPv4 address.
+// isDomain reports whether browsers leave the lower-case name as it is. They turn other letters into
+// punycode, and a name whose last label is a number into an IPv4 address.
 func isDomain(name string) bool {
 	labels := strings.Split(strings.TrimSuffix(name, "."), ".")
 	for _, label := range labels {
