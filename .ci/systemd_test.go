@@ -70,7 +70,9 @@ func TestSystemd(t *testing.T) {
 	port := freePort(t)
 	url := "http://127.0.0.1:" + port + "/health"
 	const unit, settings, setting = "/etc/systemd/system/contact-processor.service", "/etc/contact-processor.env", "DRAIN_DELAY=5s"
-	for _, said := range []string{"Save this as `" + unit + "`", "Settings go into `" + settings + "`, one a line, as `" + setting + "`, with nothing behind the value"} {
+	const dropIn = "/etc/systemd/system/contact-processor.service.d/port-80.conf"
+	for _, said := range []string{"Save this as `" + unit + "`", "Write settings into `" + settings + "`, one on each line, such as `" + setting + "`. Write nothing after the value",
+		"After a change of the unit, run `systemctl daemon-reload`", "such as `PORT=80`, save this as `" + dropIn + "`"} {
 		if !strings.Contains(output(t, "cat", "../README.md"), said) {
 			t.Errorf("the README does not say %q", said)
 		}
@@ -129,6 +131,16 @@ func TestSystemd(t *testing.T) {
 		t.Errorf("stopped: got result %s and journal %s, want success", result, journal)
 	}
 
+	m.lateAddress(settings)
+	m.write(settings, "HOST=127.0.0.1\nPORT=80\n")
+	m.write(dropIn, block(t, "ini port-80.conf"))
+	m.run("systemctl daemon-reload; systemctl start contact-processor")
+	until(t, "an answer on port 80", func() bool { code, _ := get("http://127.0.0.1/health"); return code == 200 })
+	if process := m.run("cat /proc/" + m.show("MainPID") + "/status"); !regexp.MustCompile(`Uid:\t[1-9]\d+\t`).MatchString(process) || !strings.Contains(process, "CapEff:\t0000000000000400\n") {
+		t.Errorf("port 80: got a process with %s, want an ordinary user's with CAP_NET_BIND_SERVICE alone", process)
+	}
+	m.run("systemctl stop contact-processor")
+
 	m.write(settings, "PORT=http\n")
 	m.run("systemctl start contact-processor")
 	until(t, "the service to fail", func() bool { return m.show("ActiveState") == "failed" })
@@ -139,4 +151,35 @@ func TestSystemd(t *testing.T) {
 	if code := m.show("ExecMainStatus"); code != "64" {
 		t.Errorf("wrong setting: got exit code %s, want 64", code)
 	}
+}
+
+// lateAddress starts the service on an address that the machine does not have yet, and on one with a
+// zone, whose interface has to be looked up.
+func (m *machine) lateAddress(settings string) {
+	m.Helper()
+	output(m, "ip", "link", "add", "contacts", "type", "veth", "peer", "name", "contacts-peer")
+	m.Cleanup(func() { exec.Command("ip", "link", "del", "contacts").Run() })
+	output(m, "ip", "link", "set", "contacts", "up")
+	output(m, "ip", "link", "set", "contacts-peer", "up")
+	m.write(settings, "HOST=10.9.9.9\nPORT=5039\n")
+	faster := "/run/systemd/system/contact-processor.service.d/faster.conf"
+	m.write(faster, "[Service]\nRestartSec=200ms\n")
+	m.run("systemctl daemon-reload; systemctl start contact-processor")
+	until(m.T, "more restarts than the ten that were the limit", func() bool {
+		restarts, _ := strconv.Atoi(m.show("NRestarts"))
+		return restarts > 12
+	})
+	output(m, "ip", "addr", "add", "10.9.9.9/32", "dev", "contacts")
+	until(m.T, "an answer at the late address", func() bool { code, _ := get("http://10.9.9.9:5039/health"); return code == 200 })
+
+	var zone string
+	until(m.T, "a link-local address", func() bool {
+		out := output(m, "ip", "-6", "-brief", "address", "show", "dev", "contacts")
+		zone = regexp.MustCompile(`fe80::[0-9a-f:]+`).FindString(out)
+		return zone != ""
+	})
+	m.write(settings, "HOST="+zone+"%contacts\nPORT=5039\n")
+	m.run("systemctl restart contact-processor")
+	until(m.T, "an answer at the address with a zone", func() bool { code, _ := get("http://[" + zone + "%25contacts]:5039/health"); return code == 200 })
+	m.run("systemctl stop contact-processor; rm " + faster + "; systemctl daemon-reload")
 }
