@@ -38,6 +38,9 @@ func TestDocker(t *testing.T) {
 	}
 	until(t, "the published port", func() bool { code, _ := get("http://localhost:5034/health"); return code == 200 })
 	health("contact-processor", "healthy")
+	if log := run("docker logs contact-processor 2>&1"); !strings.Contains(log, " version=1.0.0 ") {
+		t.Errorf("got log %s, want it to say the version that the block built", log)
+	}
 	if out := run("docker stop contact-processor; docker inspect --format 'exit code {{.State.ExitCode}}, killed for memory {{.State.OOMKilled}}' contact-processor"); !strings.HasSuffix(out, "exit code 0, killed for memory false") {
 		t.Errorf("got %q, want exit code 0", out)
 	}

@@ -43,7 +43,9 @@ func TestReadme(t *testing.T) {
 	// Ctrl-C goes to the whole group.
 	syscall.Kill(-serve.Process.Pid, syscall.SIGINT)
 	serve.Wait()
-	if !strings.Contains(log.String(), "msg=stopped") {
-		t.Errorf("make run: got %q, want it stopped by Ctrl-C", log.String())
+	for _, want := range []string{" version=" + output(t, "git", "-C", clone, "describe", "--tags", "--always") + " ", "msg=stopped"} {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("make run: got log %q, want %q in it", log.String(), want)
+		}
 	}
 }
