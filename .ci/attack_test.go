@@ -21,9 +21,8 @@ import (
 
 const request = "GET /health HTTP/1.1\r\nHost: a.example\r\n"
 
-// TestSignalUnderLoad ends the program 50 times while 24 clients ask as fast as they can.
-// A client leaves when it is told to: one that asks for /health, like a balancer, with
-// its first 503, one that keeps its connection with the first Connection: close.
+// TestSignalUnderLoad stops the program 50 times while 24 clients send requests as fast as they can.
+// A client leaves once an answer says Connection: close.
 func TestSignalUnderLoad(t *testing.T) {
 	serviceRace := filepath.Join(t.TempDir(), "service-race")
 	build(t, serviceRace, "..", "-race")
@@ -63,8 +62,8 @@ func TestSignalUnderLoad(t *testing.T) {
 	}
 }
 
-// ask sends requests, on one connection or on one each, until it is told to leave or the
-// listener has closed. It returns the error of a request without an answer.
+// ask sends requests on one connection, or on a new one for each, until it is told to leave or the
+// listener has closed. It returns the error of a request that got no answer.
 func ask(addr, path string, keep bool, answered *atomic.Int64) error {
 	for {
 		conn, err := net.Dial("tcp", addr)
@@ -87,8 +86,8 @@ func ask(addr, path string, keep bool, answered *atomic.Int64) error {
 	}
 }
 
-// TestFreeze lets clients come while the program gets no processor, across the end of its drain
-// delay: they are answered when it gets some again, before the listener closes.
+// TestFreeze connects clients while the program is stopped, until after the end of its drain delay.
+// They get their answers once it goes on, before the listener closes.
 func TestFreeze(t *testing.T) {
 	var answered int
 	for range 6 {
@@ -131,8 +130,8 @@ func TestFreeze(t *testing.T) {
 	t.Logf("6 freezes: %d of 120 clients answered", answered)
 }
 
-// TestFreezeInDrain stops the program in its drain for longer than its shutdown timeout, and meanwhile
-// sends the rest of some requests: they are answered, and the exit code says so.
+// TestFreezeInDrain stops the program in its drain for longer than its shutdown timeout, and sends the
+// rest of some requests meanwhile. All of them get an answer, and the exit code is 0.
 func TestFreezeInDrain(t *testing.T) {
 	for range 6 {
 		in := start(t, service, "0", "SHUTDOWN_TIMEOUT=1s")
@@ -174,7 +173,7 @@ func TestFreezeInDrain(t *testing.T) {
 	}
 }
 
-// TestSandbox refuses a system call that the listener needs once it listens, as a sandbox may.
+// TestSandbox makes getsockname fail, as a sandbox may, after the program has begun to listen.
 func TestSandbox(t *testing.T) {
 	out, err := exec.Command("strace", "-f", "-o", "/dev/null", "-e", "inject=getsockname:error=EPERM", service).CombinedOutput()
 	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 1 || strings.Count(string(out), "\n") != 1 || !strings.Contains(string(out), "cannot listen") {
@@ -182,8 +181,8 @@ func TestSandbox(t *testing.T) {
 	}
 }
 
-// TestStopBeforeListening stops the program while a system call takes its time. There is nothing to
-// drain yet, so the signal ends it.
+// TestStopBeforeListening sends SIGTERM before the program listens. There is nothing to drain yet, so
+// the signal ends it.
 func TestStopBeforeListening(t *testing.T) {
 	cmd := exec.Command("strace", "-f", "-o", "/dev/null", "-e", "inject=bind:delay_enter=2000000", service) // microseconds
 	var stderr strings.Builder
@@ -205,7 +204,7 @@ func TestStopBeforeListening(t *testing.T) {
 	}
 }
 
-// TestLogUnread lets nobody read standard error: the lines are lost, and nothing else.
+// TestLogUnread runs the program while nobody reads its standard error. Only lines are lost.
 func TestLogUnread(t *testing.T) {
 	for name, stderr := range map[string]func(*testing.T) *os.File{"full": fullPipe, "reader gone": brokenPipe} {
 		t.Run(name, func(t *testing.T) {
@@ -264,8 +263,8 @@ func fullPipe(t *testing.T) *os.File {
 	return w
 }
 
-// TestLimits holds the server to the limits on its clients' time. Those of 620 s are read from
-// its deadlines by the project's own tests.
+// TestLimits measures the time limits of clients. The one of 620 s is tested in fake time, in
+// health_test.go.
 func TestLimits(t *testing.T) {
 	in := start(t, service, "0")
 	for _, tt := range []struct {
@@ -349,9 +348,9 @@ func TestDescriptors(t *testing.T) {
 				}
 				times = append(times, time.Since(began))
 			}
-			// Each of the clients that came before has 0.2 s, and some 50 have it at once.
+			// Each client that came before has 0.2 s, and some 50 are served at once.
 			if slowest := slices.Max(times); slowest > 3*time.Second {
-				t.Errorf("the slowest answer took %v, want that those who wait give way at once", slowest)
+				t.Errorf("the slowest answer took %v, want the longest waiting closed at once", slowest)
 			}
 			if log := in.logged(); strings.Count(log, "\n") != 2 || !strings.Contains(log, "raise ulimit -n (LimitNOFILE)") {
 				t.Errorf("got log %s, want one line besides the first, that says what to raise", log)

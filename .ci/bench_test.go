@@ -89,8 +89,8 @@ func BenchmarkProgram(b *testing.B) {
 	}
 }
 
-// connect opens a connection for the length of the benchmark, sends a first request
-// on it and returns what sends the next, with next to no work of its own.
+// connect opens a connection until the end of the benchmark, sends a first request on it and returns
+// a function that sends the next, with hardly any work of its own.
 func connect(b *testing.B, addr string) (request func()) {
 	conn, err := net.Dial("tcp", addr)
 	if err != nil {
@@ -111,7 +111,7 @@ func connect(b *testing.B, addr string) (request func()) {
 	return request
 }
 
-// resident returns the bytes of memory that a process really occupies.
+// resident returns the resident memory of a process in bytes.
 func resident(b *testing.B, in *instance) float64 {
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", in.Process.Pid))
 	if err != nil {

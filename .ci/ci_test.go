@@ -20,10 +20,10 @@ import (
 	"time"
 )
 
-// patience bounds every wait for something that should happen within seconds.
+// patience limits each wait for something that should happen within seconds.
 const patience = 30 * time.Second
 
-// service is the program as it is released, built by TestMain.
+// service is the path of the program, as make build builds it.
 var service string
 
 func TestMain(m *testing.M) {
@@ -72,7 +72,7 @@ func block(t *testing.T, fence string) string {
 	return text + "\n"
 }
 
-// replace puts what this run uses in the place of what the README says.
+// replace replaces what the README says by what this run uses.
 func replace(t *testing.T, text string, oldnew ...string) string {
 	t.Helper()
 	for i := 0; i < len(oldnew); i += 2 {
@@ -92,7 +92,7 @@ func write(t *testing.T, name, text string) (path string) {
 	return path
 }
 
-// output runs a command to its end and fails the test if that is not good.
+// output runs a command and returns its output. It fails the test if the command fails.
 func output(t testing.TB, name string, args ...string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
@@ -104,8 +104,8 @@ func output(t testing.TB, name string, args ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// background starts a program, with its children in a group of their own, and ends
-// all of them with the test. Its output is shown if the test fails.
+// background starts a program in a process group of its own, and kills the group at the end of the
+// test. It shows the output if the test fails.
 func background(t *testing.T, name string, args ...string) {
 	t.Helper()
 	log, err := os.Create(filepath.Join(t.TempDir(), "log"))
@@ -140,7 +140,8 @@ func freePort(t *testing.T) string {
 	return port
 }
 
-// until waits for ok and says what it waited for if that does not come.
+// until waits until ok returns true. If that takes too long, it fails the test and says what it
+// waited for.
 func until(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	within(t, patience, what, ok)
@@ -155,7 +156,7 @@ func within(t *testing.T, limit time.Duration, what string, ok func() bool) {
 	}
 }
 
-// get returns the status code and body of one answer, 0 and the error for none.
+// get returns the status code and the body of an answer, or 0 and the error.
 func get(url string) (code int, body string) {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 5 * time.Second}
 	resp, err := client.Get(url)

@@ -19,9 +19,9 @@ import (
 	"time"
 )
 
-// crowds are those that TestCrowd sends, by name. Clients that are refused at once hold few places,
-// so that nearly all of them wait in the kernel's queue, which has room for 4,096; and half a core
-// refuses some 1,500 of the largest requests a second. So there are 2,000 of them.
+// crowds returns the crowds that TestCrowd sends. The clients that are refused at once are 2,000 at
+// most, because nearly all of them wait in the kernel's queue, which has room for 4,096, and half a
+// core refuses some 1,500 of the largest requests a second.
 func crowds() []crowd {
 	var (
 		whole    = request + "\r\n"
@@ -32,14 +32,14 @@ func crowds() []crowd {
 		post     = "POST /contacts HTTP/1.1\r\nHost: a.example\r\nContent-Length: 100\r\n\r\n"
 		garbage  = strings.Repeat("\x16\x03\x01\x00\xff\n", 100)
 
-		// These leave room for one byte: in the buffer that net/http reads a request or a body with,
-		// and in the 20 KiB that a request may have.
+		// These leave room for one byte: in net/http's buffer of 4 KiB, and in the 20 KiB that a
+		// request may have.
 		buffer    = pad("GET /", 4<<10-1)
 		headers   = pad("GET /", 20<<10-1)
 		chunkSize = "POST /contacts HTTP/1.1\r\nHost: a.example\r\nTransfer-Encoding: chunked\r\n\r\n" + pad("1;", 4<<10-1)
 
-		// A request, and of the next one a thousand lines; or as many lines as are read ahead of it,
-		// as many more as it may have, and one header of all the bytes that are left.
+		// A request and a part of the next: 1,000 lines, or as many lines as are read ahead, the 100
+		// that a request may have, and a large header.
 		next    = whole + "GET / HTTP/1.1\n"
 		ahead   = next + lines(1000)
 		mixture = next + lines((512-len(next))/4+100) + pad("a:", 18<<10)
@@ -98,8 +98,7 @@ type crowd struct {
 // crowdTime is how long a crowd stays, and crowdComes how long its clients take to come.
 const crowdTime, crowdComes = 12 * time.Second, 2 * time.Second
 
-// beCrowd is the whole program of the process that TestCrowd starts: a crowd has a process of
-// its own, as it has outside, and so does not keep the probe from its own work.
+// beCrowd is the crowd. It runs in a process of its own, so that it does not slow the probe down.
 func beCrowd(name, addr string) {
 	ctx, cancel := context.WithTimeout(context.Background(), crowdTime)
 	defer cancel()
@@ -121,9 +120,9 @@ func beCrowd(name, addr string) {
 	clients.Wait()
 }
 
-// TestCrowd sends crowds at the container of the README's Docker block. Where requests take memory
-// it does so without GOMEMLIMIT too, to show what that is good for. It needs a machine to itself:
-// TestDocker has built the image, and TestNext the one that has another route.
+// TestCrowd sends crowds to the container of the README's Docker block. Crowds whose requests take
+// much memory come once more without GOMEMLIMIT. The test needs the images that TestDocker and
+// TestNext build, and a machine to itself.
 func TestCrowd(t *testing.T) {
 	var report strings.Builder // a line for each crowd, printed in one place at the end
 	defer func() { t.Log(report.String()) }()
@@ -144,8 +143,8 @@ func TestCrowd(t *testing.T) {
 	}
 }
 
-// send sends the crowd and asks beside it as a probe does, and as a client that keeps its
-// connection. It returns what it saw.
+// send sends the crowd, and beside it the requests of a probe and of a client that keeps its
+// connection. It returns a line about what they saw.
 func (c crowd) send(t *testing.T, at *container) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), crowdTime)
@@ -172,7 +171,7 @@ func (c crowd) send(t *testing.T, at *container) string {
 		len(times), failed, times[len(times)/2].Round(time.Millisecond), times[len(times)-1].Round(time.Millisecond), &kept, at.overflows(t), files, at.peak(t)/(1<<20), at.memory/(1<<20))
 }
 
-// join opens a connection that ends with ctx, or none.
+// join opens a connection that is closed with ctx. It returns nil if that fails.
 func join(ctx context.Context, addr string) net.Conn {
 	dialer := net.Dialer{Timeout: 5 * time.Second}
 	conn, err := dialer.DialContext(ctx, "tcp", addr)
@@ -238,8 +237,8 @@ func resets(raw string) func(context.Context, string) {
 	}
 }
 
-// floods returns a client that sends raw without end and reads a byte each time that pause has
-// gone by, or never if that is 0. It connects again when it is cut off.
+// floods returns a client that sends raw again and again and reads a byte after each pause, or never
+// if pause is 0. It connects again when it is cut off.
 func floods(raw string, pause time.Duration) func(context.Context, string) {
 	return func(ctx context.Context, addr string) {
 		for ctx.Err() == nil {
@@ -266,8 +265,8 @@ func floods(raw string, pause time.Duration) func(context.Context, string) {
 	}
 }
 
-// deaf returns a client that asks without end, never reads, and has little room for answers. It
-// connects again when it is cut off.
+// deaf returns a client that sends raw again and again, never reads, and has little room for answers.
+// It connects again when it is cut off.
 func deaf(raw string) func(context.Context, string) {
 	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
 		return c.Control(func(fd uintptr) {
@@ -290,7 +289,7 @@ func deaf(raw string) func(context.Context, string) {
 	}
 }
 
-// drips returns a client that sends raw and then a byte each time that pause has gone by.
+// drips returns a client that sends raw, and then a byte after each pause.
 func drips(raw string, pause time.Duration) func(context.Context, string) {
 	return func(ctx context.Context, addr string) {
 		for ctx.Err() == nil {

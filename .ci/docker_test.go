@@ -20,8 +20,8 @@ func dockerRun(t *testing.T, options string) string {
 // image is the one that TestDocker builds.
 const image = "whatsapp-contact-processor:1.0.0"
 
-// TestDocker runs the README's block as it stands, then holds the image and a
-// draining container against what the README says of them.
+// TestDocker runs the README's block as it stands, and compares the image and a draining container
+// with what the README says.
 func TestDocker(t *testing.T) {
 	run := func(commands string) string {
 		t.Helper()
@@ -58,7 +58,7 @@ func TestDocker(t *testing.T) {
 	until(t, "the upgraded service", func() bool { code, _ := get("http://localhost:5034/health"); return code == 200 })
 	run("docker rm -f contact-processor; docker rmi " + next)
 
-	// An instance that drains, asked every second; another port through the environment.
+	// A container that drains, with another port and a health check every second.
 	run(dockerRun(t, "--name contact-processor-drain -e PORT=8080 -e DRAIN_DELAY=8s --health-interval 1s"))
 	health("contact-processor-drain", "healthy")
 	run("docker kill --signal TERM contact-processor-drain")

@@ -20,8 +20,8 @@ func TestHAProxy(t *testing.T) {
 	p.kill(t)
 }
 
-// TestHAProxyWithTwoSlashes checks a path that is not the service's: HAProxy takes any 3xx for
-// good unless it is told what to expect.
+// TestHAProxyWithTwoSlashes checks a path that the service does not have. HAProxy takes any 3xx for
+// healthy, unless http-check expect says otherwise.
 func TestHAProxyWithTwoSlashes(t *testing.T) {
 	t.Parallel()
 	port, in := freePort(t), start(t, service, "0")

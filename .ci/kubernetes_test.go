@@ -36,8 +36,8 @@ type cluster struct {
 	file string // the README's block
 }
 
-// TestKubernetes holds the README's block, as it stands, against the cluster of
-// KUBECONFIG, which has the image on its node: see cluster/with.
+// TestKubernetes applies the README's block, as it stands, to the cluster of KUBECONFIG, whose node
+// has the image: see cluster/with.
 func TestKubernetes(t *testing.T) {
 	if os.Getenv("KUBECONFIG") == "" {
 		t.Fatal("KUBECONFIG is not set: let .ci/cluster/with run this, or name a single-node cluster on this machine")
@@ -125,7 +125,7 @@ func (c *cluster) pods() []pod {
 	return list.Items
 }
 
-// evict asks for the eviction of both pods, as two drained nodes would.
+// evict requests the eviction of both pods, as a drain of two nodes would.
 func (c *cluster) evict() {
 	c.ready(30 * time.Second)
 	var answers []string
@@ -140,7 +140,7 @@ func (c *cluster) evict() {
 	c.ready(30 * time.Second)
 }
 
-// freezeAndKill stops one process, which liveness has to notice, and kills another.
+// freezeAndKill stops one process, so that the liveness probe fails, and kills another.
 func (c *cluster) freezeAndKill() {
 	for _, tt := range []struct {
 		signal syscall.Signal
@@ -233,14 +233,14 @@ func (c *cluster) rollOut() {
 	}
 }
 
-// rollOut is what was seen of pods, by address.
+// rollOut records what happened to pods, by address.
 type rollOut struct {
 	addr                     string // of the Service
 	mu                       sync.Mutex
 	connected, deleted, gone map[string]time.Time
 }
 
-// watchPods notes when a pod was deleted and when it was gone.
+// watchPods records when a pod was deleted and when it was gone.
 func (w *rollOut) watchPods(ctx context.Context) {
 	stream(ctx, func(out io.Reader) {
 		var event struct {
@@ -264,8 +264,8 @@ func (w *rollOut) watchPods(ctx context.Context) {
 	}, "kubectl", "-n", namespace, "get", "pods", "-l", "app=contact-processor", "--watch", "--output-watch-events", "-o", "json")
 }
 
-// watchConnections notes the last new connection through the Service to each pod, as the
-// kernel translates it.
+// watchConnections records the last new connection through the Service to each pod, as conntrack
+// reports it.
 func (w *rollOut) watchConnections(ctx context.Context) {
 	host, _, _ := net.SplitHostPort(w.addr)
 	stream(ctx, func(out io.Reader) {
@@ -279,7 +279,7 @@ func (w *rollOut) watchConnections(ctx context.Context) {
 	}, "conntrack", "-E", "-e", "NEW", "-p", "tcp", "--orig-dst", host)
 }
 
-// stream runs a command until ctx ends and lets read have its output.
+// stream runs a command until ctx ends and passes its output to read.
 func stream(ctx context.Context, read func(io.Reader), name string, args ...string) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	out, err := cmd.StdoutPipe()

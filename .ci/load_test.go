@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// pair is two instances behind a balancer. Only a allows the origin of the load,
-// which so sees who answered.
+// pair is two instances behind a balancer. Only instance a allows the origin of the load, so that the
+// answer shows which one it came from.
 type pair struct {
 	url   string // of the balancer
 	ports [2]string
@@ -91,9 +91,8 @@ func (p *pair) serves(t *testing.T, i int) {
 	})
 }
 
-// roll restarts both instances, one after the other, under load. Ordinary requests are
-// those that are not checks: the service answers them 404, and a balancer that loses one
-// says something else.
+// roll restarts both instances, one after the other, under load. An ordinary request, which is not a
+// check, gets 404 from the service. Any other answer means that the balancer lost it.
 func (p *pair) roll(t *testing.T, rounds int) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -135,9 +134,9 @@ func (p *pair) lostSoFar() int {
 	return p.lost["/no-such-path"]
 }
 
-// kill ends instance a without warning: it leaves the pool and comes back. In
-// between another listener at its address counts the ordinary requests that the
-// balancer still tries there: none, or with passive checks one now and then.
+// kill kills instance a, which leaves the pool, and starts it again. Meanwhile another listener at its
+// address counts the ordinary requests that the balancer still sends there: none, or a few with
+// passive checks.
 func (p *pair) kill(t *testing.T) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -161,8 +160,8 @@ func (p *pair) kill(t *testing.T) {
 	t.Logf("SIGKILL: lost %d ordinary requests; the instance left the pool (%d tried there in 2 s) and came back", after-before, tried)
 }
 
-// tried takes the place of instance a for a while, answers nobody, and returns how
-// many ordinary requests came.
+// tried listens at the address of instance a for a while, answers nothing, and returns how many
+// ordinary requests came.
 func (p *pair) tried(t *testing.T, d time.Duration) (n int) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:"+p.ports[0])
@@ -210,9 +209,9 @@ func (r *requests) count() int {
 	return r.sent
 }
 
-// send asks 20 times a second, on kept connections until it is told to leave. It asks
-// nothing twice: an answer that does not come is a request lost. A kept connection may
-// have one 503, with which it is told to leave; its first answer is that of a new one.
+// send sends 20 requests a second, on kept connections until it is told to leave. It does not repeat a
+// request: without an answer the request is lost. A kept connection may get one 503, but not as its
+// first answer.
 func (r *requests) send(ctx context.Context, addr string) {
 	for ctx.Err() == nil {
 		conn, err := net.DialTimeout("tcp", addr, 5*time.Second)
@@ -244,8 +243,7 @@ func (r *requests) send(ctx context.Context, addr string) {
 	}
 }
 
-// exchange asks for path once and returns the code of the answer and whether it tells
-// the client to leave.
+// exchange requests path once. It returns the code of the answer and whether it says Connection: close.
 func exchange(conn net.Conn, answers *bufio.Reader, path string) (code int, leave bool, err error) {
 	conn.SetDeadline(time.Now().Add(patience))
 	if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: a.example\r\n\r\n", path); err != nil {

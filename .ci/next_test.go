@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// nextImage is the one of the README's example of another route: see TestNext.
+// nextImage is the image with the README's example route: see TestNext.
 const nextImage = "whatsapp-contact-processor:next"
 
 // TestNext adds a route and a setting to a copy, as the README's recipes say, runs the tests, builds

@@ -152,7 +152,7 @@ func lookAt(t *testing.T, text, margin int) {
 }
 
 // TestPageSays looks for the answers to what users asked, each in the section where they look for it.
-// What a program has to show is in the other tests.
+// Other tests run what the page says about programs.
 func TestPageSays(t *testing.T) {
 	t.Parallel()
 	readme := output(t, "cat", "../README.md")

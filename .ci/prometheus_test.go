@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// TestPrometheus asks the exporter what Prometheus would, and Prometheus what a dashboard
-// would; then it waits for the alerts to fire and to resolve.
+// TestPrometheus queries the exporter as Prometheus does, and Prometheus as a dashboard does. Then it
+// waits until the alerts fire and are resolved.
 func TestPrometheus(t *testing.T) {
 	t.Parallel()
 	exporter, prometheus := freePort(t), freePort(t)
@@ -40,7 +40,7 @@ func TestPrometheus(t *testing.T) {
 			return strings.Contains(body, "\nprobe_success "+want+"\n")
 		})
 	}
-	// query waits until Prometheus answers what with want values: an alert is a series while it fires.
+	// query waits until Prometheus has want values for what. An alert is a series while it fires.
 	query := func(want int, what string) {
 		t.Helper()
 		within(t, 3*time.Minute, fmt.Sprintf("%s to have %d values", what, want), func() bool {

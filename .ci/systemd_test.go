@@ -13,15 +13,15 @@ import (
 	"time"
 )
 
-// machine is a real systemd in a throw-away container that has this machine's programs
-// and network, and nothing else of it.
+// machine is a real systemd in a throw-away container with the programs and the network of this
+// machine.
 type machine struct {
 	*testing.T
 	leader string // process id of its systemd
 }
 
-// boot returns when the machine is up. The working directory there has what make build
-// makes in bin.
+// boot starts a machine and returns once it is up. Its working directory has bin as make build fills
+// it.
 func boot(t *testing.T) *machine {
 	t.Helper()
 	dir := t.TempDir()
@@ -46,7 +46,7 @@ func boot(t *testing.T) *machine {
 	return m
 }
 
-// run lets the machine's shell run commands; it is root, and so needs no sudo.
+// run runs commands in the machine's shell, as root without sudo.
 func (m *machine) run(commands string) string {
 	m.Helper()
 	return output(m, "nsenter", "-t", m.leader, "-a", "bash", "-uc", "sudo() { \"$@\"; }; cd /srv; "+commands)
@@ -62,8 +62,8 @@ func (m *machine) show(property string) string {
 	return m.run("systemctl show --value -p " + property + " contact-processor")
 }
 
-// TestSystemd installs the README's unit as the README says, and lives through what
-// happens to a service.
+// TestSystemd installs the README's unit as the README says. Then it crashes, upgrades, copies, stops
+// and misconfigures the service, and gives it a late address, a zone and port 80.
 func TestSystemd(t *testing.T) {
 	m := boot(t)
 	t.Log(m.run("systemctl --version | head -n 1"))

@@ -1,5 +1,5 @@
-// Floor is the least that net/http needs to send the service's bytes: no routes, no
-// CORS, no limits. With LIMITS set it has the service's limits on time.
+// Floor is a bare net/http server that sends the same bytes as the service, without routes, CORS and
+// limits. With LIMITS set it has time limits.
 package main
 
 import (
