@@ -909,6 +909,7 @@ func TestConnectionLimit(t *testing.T) {
 			synctest.Wait()
 			chosen.giveWay()
 			c.wantAnswer(t, 200)
+			c.Close()
 			ln.Close()
 		})
 	})
@@ -1104,7 +1105,6 @@ func TestRaw(t *testing.T) {
 		{name: "dots at the end, CONNECT", sent: first("CONNECT /health/.."), want: []int{404}},
 		{name: "a whole URL without a path", sent: first("GET http://a.example"), want: []int{404}},
 		{name: "length with chunked", sent: []string{get + "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + health}, want: []int{200}, ends: true},
-		// The two 5xx that net/http itself sends: RFC 9112, section 6.1, and RFC 9110, section 15.6.6.
 		{name: "chunked twice", sent: []string{get + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"}, want: []int{501}, ends: true},
 		{name: "HTTP/3.0", sent: []string{"GET /health HTTP/3.0\r\nHost: a.example\r\n\r\n"}, want: []int{505}, ends: true},
 		{name: "an expectation", sent: []string{get + "Expect: x\r\n\r\n"}, want: []int{417}, ends: true},
