@@ -68,24 +68,18 @@ func TestAnswers(t *testing.T) {
 		{name: "GET", method: "GET", target: "/health", wantCode: 200, wantType: json, wantBody: wantHealthy},
 		{name: "HEAD", method: "HEAD", target: "/health", wantCode: 200, wantType: json, wantBody: wantHealthy},
 		{name: "query", method: "GET", target: "/health?verbose=1;x&%zz", wantCode: 200, wantType: json, wantBody: wantHealthy},
-		{name: "escaped", method: "GET", target: "/%68ealth", wantCode: 200, wantType: json, wantBody: wantHealthy},
 		{name: "body", method: "GET", target: "/health", body: `{"a":1}`, wantCode: 200, wantType: json, wantBody: wantHealthy},
 		{name: "Accept XML", method: "GET", target: "/health", accept: "application/xml", wantCode: 200, wantType: json, wantBody: wantHealthy},
-		{name: "Accept nothing", method: "GET", target: "/health", accept: "*/*;q=0", wantCode: 200, wantType: json, wantBody: wantHealthy},
 		{name: "POST", method: "POST", target: "/health", wantCode: 405, wantType: plain, wantBody: "Method Not Allowed\n", wantAllow: "GET, HEAD"},
 		{name: "POST with a body", method: "POST", target: "/health", body: "x", wantCode: 405, wantType: plain, wantBody: "Method Not Allowed\n", wantAllow: "GET, HEAD"},
 		{name: "TRACE", method: "TRACE", target: "/health", wantCode: 405, wantType: plain, wantBody: "Method Not Allowed\n", wantAllow: "GET, HEAD"},
 		{name: "OPTIONS, no preflight", method: "OPTIONS", target: "/health", wantCode: 405, wantType: plain, wantBody: "Method Not Allowed\n", wantAllow: "GET, HEAD"},
-		{name: "unknown method", method: "BREW", target: "/health", wantCode: 405, wantType: plain, wantBody: "Method Not Allowed\n", wantAllow: "GET, HEAD"},
 		{name: "root", method: "GET", target: "/", wantCode: 404, wantType: plain, wantBody: "404 page not found\n"},
 		{name: "trailing slash", method: "GET", target: "/health/", wantCode: 404, wantType: plain, wantBody: "404 page not found\n"},
 		{name: "healthz", method: "GET", target: "/healthz", wantCode: 404, wantType: plain, wantBody: "404 page not found\n"},
-		{name: "upper case", method: "GET", target: "/HEALTH", wantCode: 404, wantType: plain, wantBody: "404 page not found\n"},
-		{name: "POST elsewhere", method: "POST", target: gone, wantCode: 404, wantType: plain, wantBody: "404 page not found\n"},
 		{name: "GET draining", method: "GET", target: "/health", draining: true, wantCode: 503, wantType: json, wantBody: wantDraining},
 		{name: "HEAD draining", method: "HEAD", target: "/health", draining: true, wantCode: 503, wantType: json, wantBody: wantDraining},
 		{name: "POST draining", method: "POST", target: "/health", draining: true, wantCode: 405, wantType: plain, wantBody: "Method Not Allowed\n", wantAllow: "GET, HEAD"},
-		{name: "elsewhere draining", method: "GET", target: gone, draining: true, wantCode: 404, wantType: plain, wantBody: "404 page not found\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -131,7 +125,6 @@ func TestCORS(t *testing.T) {
 		wantOrigin                    string // the origin that may read the answer
 	}{
 		{name: "all", origins: "*", method: "GET", origin: "https://any.example", wantCode: 200, wantOrigin: "*"},
-		{name: "all, draining", origins: "*", method: "GET", origin: "https://any.example", draining: true, wantCode: 503, wantOrigin: "*"},
 		{name: "no origin", origins: list, method: "GET", wantCode: 200},
 		{name: "listed", origins: list, method: "GET", origin: "http://localhost:3000", wantCode: 200, wantOrigin: "http://localhost:3000"},
 		{name: "listed, draining", origins: list, method: "GET", origin: "https://a.example", draining: true, wantCode: 503, wantOrigin: "https://a.example"},
@@ -470,7 +463,6 @@ func TestProbe(t *testing.T) {
 		{name: "unspecified IPv4 host", handler: healthy.ServeHTTP, env: "0.0.0.0", want: 0, says: "http://127.0.0.1:"},
 		{name: "unspecified IPv6 host", handler: healthy.ServeHTTP, env: "::", want: 0, says: "http://127.0.0.1:"},
 		{name: "IPv6", handler: healthy.ServeHTTP, host: "::1", want: 0, says: "http://[::1]:"},
-		{name: "IPv6 in brackets", handler: healthy.ServeHTTP, host: "::1", env: "[::1]", want: 0, says: "http://[::1]:"},
 		{name: "IPv6 with a zone", handler: healthy.ServeHTTP, host: "::1", env: "::1%lo", want: 0, says: "http://[::1%25lo]:"},
 		{name: "draining", handler: draining.ServeHTTP, want: 1, says: "503 Service Unavailable " + strings.TrimSpace(wantDraining)},
 		{name: "another program", handler: http.NotFound, want: 1, says: "404 Not Found 404 page not found: want 200"},
@@ -787,9 +779,13 @@ func TestGivesWay(t *testing.T) {
 	}
 	silent := func(net.Conn) {}
 	late := func(c net.Conn) { time.Sleep(2 * time.Second); io.WriteString(c, post) }
-	half, body, deaf := send(get), send(post), send(get+"\r\n")
+	body, deaf := send(post), send(get+"\r\n")
 	idle, busy := ask(get+"\r\n"), ask("GET /busy HTTP/1.1\r\nHost: a.example\r\n\r\n")
-	duplex := send("POST /duplex HTTP/1.1\r\nHost: a.example\r\nContent-Length: 100\r\n\r\n")
+	duplex := func(c net.Conn) {
+		io.WriteString(c, strings.Replace(post, "/", "/duplex", 1))
+		time.Sleep(500 * time.Millisecond)
+		io.WriteString(c, strings.Repeat("x", 100))
+	}
 	for _, tt := range []struct {
 		name          string
 		first, second func(net.Conn) // the second comes a second later
@@ -799,16 +795,15 @@ func TestGivesWay(t *testing.T) {
 	}{
 		{name: "silent", first: silent, second: silent, pause: time.Second, want: 0},
 		{name: "idle before silent", first: idle, second: silent, pause: time.Second, want: 0},
-		{name: "half sent before idle", first: half, second: idle, pause: time.Second, want: 0},
 		{name: "dripping headers", first: drip(get), second: idle, pause: time.Second, want: 0},
 		{name: "a request that leaves room for a byte in the buffer", first: send(pad("GET /", 4<<10-1)), second: silent, pause: time.Second, want: 0},
 		{name: "a request that leaves room for a byte in 20 KiB", first: send(pad("GET /", 20<<10-1)), second: silent, pause: time.Second, want: 0},
 		{name: "an answer that is not taken", first: deaf, second: silent, pause: time.Second, want: 0},
-		{name: "an answer that is not taken, and a young client", first: deaf, second: silent, pause: time.Millisecond, want: 0},
 		{name: "a body that never comes", first: body, second: silent, pause: time.Millisecond, want: 0},
 		{name: "a body that drips", first: drip(post), second: silent, pause: time.Second, want: 0},
 		{name: "a chunk's size that leaves room for a byte in the buffer", first: send(chunked + pad("1;", 4<<10-1)), second: silent, pause: time.Second, want: 0},
-		{name: "a body that never comes and an answer that is not taken", first: duplex, second: silent, pause: time.Second, want: 0},
+		{name: "a body without a deadline", first: send(strings.Replace(post, "/", "/patient", 1)), second: silent, pause: time.Second, want: 0},
+		{name: "an answer that is not taken after a body that was", first: duplex, second: silent, pause: time.Second, want: 0},
 		{name: "a body that was begun late", first: late, second: silent, pause: 1100 * time.Millisecond, want: 1},
 		{name: "a handler at work does not wait for its client", first: busy, second: silent, pause: time.Second, want: 1},
 		{name: "a request on its way has time", first: busy, second: silent, want: 1, wantWait: 200 * time.Millisecond},
@@ -819,7 +814,12 @@ func TestGivesWay(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				mux := http.NewServeMux()
 				mux.HandleFunc("GET /busy", func(http.ResponseWriter, *http.Request) { time.Sleep(5 * time.Second) })
-				mux.HandleFunc("POST /", func(_ http.ResponseWriter, r *http.Request) { io.ReadAll(r.Body) })
+				mux.HandleFunc("POST /", func(w http.ResponseWriter, r *http.Request) {
+					if r.URL.Path == "/patient" {
+						http.NewResponseController(w).SetReadDeadline(time.Time{})
+					}
+					io.ReadAll(r.Body)
+				})
 				mux.HandleFunc("POST /duplex", readAndWrite)
 				mux.Handle("GET /health", handler(t, "*", false))
 				inner := newPipes()
@@ -879,6 +879,7 @@ func TestConnectionLimit(t *testing.T) {
 			life.Go(func() {
 				serve(inner, config{maxConnections: 1, origins: []string{"*"}}, stop, slog.New(slog.NewTextHandler(log, nil)))
 			})
+			synctest.Wait() // until it listens
 			first, _ := inner.dial(get)
 			newest, _ = inner.dial(get + "\r\n")
 			time.Sleep(time.Millisecond)
@@ -1099,13 +1100,11 @@ func TestRaw(t *testing.T) {
 		// ServeMux would redirect these, and many checks take a 3xx for healthy.
 		{name: "two slashes", sent: first("GET //health"), want: []int{404}},
 		{name: "slashes at the end", sent: first("GET /health//"), want: []int{404}},
-		{name: "a dot", sent: first("POST /./health"), want: []int{404}},
 		{name: "dots", sent: first("GET /../health"), want: []int{404}},
 		{name: "a dot at the end", sent: first("OPTIONS /health/."), want: []int{404}},
 		{name: "dots at the end, CONNECT", sent: first("CONNECT /health/.."), want: []int{404}},
 		{name: "a whole URL without a path", sent: first("GET http://a.example"), want: []int{404}},
 		{name: "length with chunked", sent: []string{get + "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + health}, want: []int{200}, ends: true},
-		{name: "chunked twice", sent: []string{get + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"}, want: []int{501}, ends: true},
 		{name: "HTTP/3.0", sent: []string{"GET /health HTTP/3.0\r\nHost: a.example\r\n\r\n"}, want: []int{505}, ends: true},
 		{name: "an expectation", sent: []string{get + "Expect: x\r\n\r\n"}, want: []int{417}, ends: true},
 		{name: "TLS", sent: []string{"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"}, want: []int{400}, ends: true},
@@ -1114,12 +1113,13 @@ func TestRaw(t *testing.T) {
 		{name: "21 KB of headers", sent: cookie(21 << 10), want: []int{431}, ends: true, end: 500 * time.Millisecond}, // net/http adds 4 KiB to the 16
 		{name: "100 headers, line by line", sent: lines(with(100) + "\r\n"), want: []int{200}},
 		{name: "101 headers, line by line", sent: lines(with(101) + "\r\n"), want: []int{400}, ends: true},
+		{name: "150 lines in 512 bytes", sent: []string{get + strings.Repeat("a:\n", 149) + "\n"}, want: []int{200}},
+		{name: "200 lines in more", sent: []string{get + strings.Repeat("a:\n", 199) + "\n"}, want: []int{400}, ends: true},
 		{name: "headers without end", sent: []string{with(700), with(700)}, want: []int{400}, ends: true},
 		{name: "pipeline of 124", sent: []string{strings.Repeat("GET /health HTTP/1.1\r\nHost:a\r\n\r\n", 124)}, want: slices.Repeat([]int{200}, 124)},
 		{name: "pipeline of 100 headers each", sent: []string{strings.Repeat(with(100)+"\r\n", 20)}, want: slices.Repeat([]int{200}, 20)},
 		{name: "body of 1,000 lines", sent: []string{post + "Content-Length: 2000\r\n\r\n", strings.Repeat("x\n", 1000)}, want: []int{404}},
 		{name: "body of 256 KiB", sent: []string{post + "Content-Length: 262144\r\n\r\n", strings.Repeat("x", 256<<10)}, want: []int{404}, ends: true, end: 500 * time.Millisecond}, // net/http does not read more
-		{name: "1,000 chunks", sent: []string{post + "Transfer-Encoding: chunked\r\n\r\n", strings.Repeat("1\r\nx\r\n", 1000) + "0\r\n\r\n"}, want: []int{404}, ends: true},
 		{name: "nothing", ends: true, end: 5 * time.Second},
 		{name: "half a request", sent: []string{get}, ends: true, end: 5 * time.Second},
 		{name: "half a request, late", pause: 4 * time.Second, sent: []string{get}, ends: true, end: 5 * time.Second},

@@ -524,7 +524,7 @@ type conn struct {
 	mu      sync.Mutex // guards what follows
 	state   http.ConnState
 	waits   int           // calls of Read and Write that wait for the client
-	since   time.Time     // when the first of them began, or the state if that was later
+	since   time.Time     // when the first of them began
 	waited  time.Duration // in this state, before since
 	started bool          // some of the next request has come in this state
 }
@@ -533,7 +533,6 @@ func (c *conn) setState(state http.ConnState) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.state = state
-	c.since = time.Now()
 	c.waited = 0
 	c.started = false
 	c.lines.Store(0)
