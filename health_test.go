@@ -371,7 +371,7 @@ func TestBadInput(t *testing.T) {
 		{"no value", []string{"-port"}, []string{"-port", wantFlag}},
 		{"empty list", []string{"-allowed-origins", ""}, []string{"flag -allowed-origins", `""`, "want"}},
 		{"bad probe", []string{"-probe=maybe"}, []string{"-probe", `"maybe"`, wantFlag}},
-		{"probe of any port", []string{"-probe", "-port", "00"}, []string{"-probe wants the -port (PORT) that the service listens on"}},
+		{"probe of any port", []string{"-probe", "-port", "00"}, []string{"-probe needs the -port (PORT) that the service listens on"}},
 		{"stray argument", []string{"serve"}, []string{`"serve"`, "want only flags"}},
 		{"stray argument after flags", []string{"-port", "80", "serve"}, []string{`"serve"`, "want only flags"}},
 	} {

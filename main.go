@@ -39,7 +39,7 @@ func main() { os.Exit(run(os.Args[1:], os.Getenv, os.Stdout, os.Stderr)) }
 
 // run is the whole program. It returns the exit code.
 func run(args []string, getenv func(string) string, stdout, stderr io.Writer) int {
-	signal.Ignore(syscall.SIGPIPE) // or a reader that has gone would decide over the exit code
+	signal.Ignore(syscall.SIGPIPE) // so that the exit code is the same if nobody reads the output
 	log := newLogWriter(stderr)
 	defer log.flush()
 	c, err := parse(args, getenv, stdout)
@@ -62,7 +62,7 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer) in
 	return 0
 }
 
-// oneLine replaces control characters, which could move the cursor of a terminal, by blanks.
+// oneLine replaces each run of blanks and control characters by a single blank.
 func oneLine(s string) string {
 	isBlank := func(r rune) bool { return r == ' ' || unicode.IsControl(r) }
 	return strings.Join(strings.FieldsFunc(s, isBlank), " ")
@@ -90,8 +90,8 @@ func settings(c *config) []setting {
 	return []setting{
 		{"host", "", "`address` or name to listen on; empty means all, IPv4 and IPv6", into(&c.host, parseHost)},
 		{"port", "5034", "TCP `port`, 0 to 65535; 0 picks a free one", into(&c.port, parsePort)},
-		{"max-connections", "1000", "how many `connections` can be open at once, 1 or more; at the limit, the one that waits longest is closed for a new one", into(&c.maxConnections, parseLimit)},
-		{"allowed-origins", "*", "`origins` whose pages may read the answers, as scheme://host[:port] with commas between them;\n* alone means all, https://*.corp.example every subdomain", into(&c.origins, parseOrigins)},
+		{"max-connections", "1000", "most open `connections`, 1 or more; at the limit, a new one replaces the one whose client has\nkept the service waiting longest", into(&c.maxConnections, parseLimit)},
+		{"allowed-origins", "*", "comma-separated `origins` whose pages may read the answers, each as scheme://host[:port];\n* alone means all, https://*.corp.example means every subdomain of corp.example", into(&c.origins, parseOrigins)},
 		{"drain-delay", "0s", "`duration` for which /health answers 503 before the listener closes", into(&c.drainDelay, parseDuration)},
 		{"shutdown-timeout", "10s", "longest `duration` to wait for open requests after the listener has closed", into(&c.shutdownTimeout, parseDuration)},
 	}
@@ -142,7 +142,7 @@ func parse(args []string, getenv func(string) string, stdout io.Writer) (config,
 		}
 	}
 	if c.probe && c.port == "0" {
-		return c, errors.New("-probe wants the -port (PORT) that the service listens on, not 0")
+		return c, errors.New("-probe needs the -port (PORT) that the service listens on, not 0")
 	}
 	return c, nil
 }
@@ -176,7 +176,7 @@ func parseLimit(s string) (int, error) {
 	return n, nil
 }
 
-// parseDuration wants a unit for 0 too. A day is more than any drain needs, and no sum overflows.
+// parseDuration requires a unit for 0 too. A day is more than any drain needs, and no sum overflows.
 func parseDuration(s string) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
 	hasUnit := !strings.HasSuffix(s, "0")
@@ -194,8 +194,8 @@ func healthURL(host, port string) string {
 	return (&url.URL{Scheme: "http", Host: net.JoinHostPort(host, port), Path: "/health"}).String()
 }
 
-// probe asks url once and fails unless the answer is 200. It uses no proxy, because company
-// networks set HTTP_PROXY in every container, and such a proxy cannot reach this one.
+// probe requests url once and fails unless the answer is 200. It uses no proxy, because company
+// networks set HTTP_PROXY in every container, and their proxy cannot reach the service in this one.
 func probe(url string, stdout io.Writer) error {
 	client := http.Client{
 		Transport:     &http.Transport{DisableKeepAlives: true},
@@ -262,7 +262,7 @@ func notify() <-chan os.Signal {
 	stop := make(chan os.Signal, 1)
 	go func() {
 		stop <- <-signals
-		time.Sleep(500 * time.Millisecond) // a terminal's Ctrl-C may arrive twice
+		time.Sleep(500 * time.Millisecond) // a wrapper may pass on the same Ctrl-C
 		signal.Reset(os.Interrupt)
 	}()
 	return stop

@@ -70,7 +70,7 @@ func TestDocker(t *testing.T) {
 	if log := run("docker logs contact-processor-drain 2>&1"); strings.Count(log, "msg=draining") != 1 || !strings.Contains(log, "msg=stopped") {
 		t.Errorf("drained: got log %s, want one drain, to its end", log)
 	}
-	if out := run(replace(t, dockerRun(t, "--rm -e PORT=0"), "docker run -d", "docker run") + " -probe || echo exit code $?"); !strings.Contains(out, "-probe wants the -port (PORT) that the service listens on") || !strings.Contains(out, "exit code 64") {
+	if out := run(replace(t, dockerRun(t, "--rm -e PORT=0"), "docker run -d", "docker run") + " -probe || echo exit code $?"); !strings.Contains(out, "-probe needs the -port (PORT) that the service listens on") || !strings.Contains(out, "exit code 64") {
 		t.Errorf("probe of port 0: got %q, want exit code 64 and what is right", out)
 	}
 
