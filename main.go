@@ -227,8 +227,8 @@ func listenAndServe(c config, log *slog.Logger) error {
 	if ip, err := netip.ParseAddr(c.host); err == nil && ip.Unmap().Is4() {
 		network = "tcp4"
 	}
-	listen := net.ListenConfig{Control: smallBuffers}
-	ln, err := listen.Listen(context.Background(), network, net.JoinHostPort(c.host, c.port))
+	options := net.ListenConfig{Control: smallBuffers}
+	ln, err := options.Listen(context.Background(), network, net.JoinHostPort(c.host, c.port))
 	if err == nil && ln.Addr() == nil {
 		err = errors.New("getsockname: no address, as in a sandbox that forbids it")
 	}
@@ -281,7 +281,8 @@ func serve(inner net.Listener, c config, stop <-chan os.Signal, log *slog.Logger
 		host = c.host // the kernel may leave out the zone
 	}
 	log.Info("listening", "addr", net.JoinHostPort(host, port), "url", healthURL(host, port),
-		"version", version, "max-connections", c.maxConnections, "allowed-origins", strings.Join(c.origins, ","),
+		"version", version, "max-connections", c.maxConnections,
+		"allowed-origins", strings.Join(c.origins, ","),
 		"drain-delay", c.drainDelay, "shutdown-timeout", c.shutdownTimeout)
 
 	s := <-stop
