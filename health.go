@@ -93,11 +93,14 @@ func allowOrigins(origins []string, next http.Handler) http.Handler {
 }
 
 // limitUnreadBody gives a body that its handler has left unread a short time to arrive, because
-// net/http reads what is left of it before it answers. A handler limits the size of its body itself,
-// with http.MaxBytesReader.
+// net/http reads what is left of it before it answers. It hides the type of the body: after a large
+// one net/http would sleep for 0.5 s. A handler limits its body itself, with http.MaxBytesReader.
 func limitUnreadBody(next http.Handler) http.Handler {
 	const unreadTimeout = 100 * time.Millisecond // enough for what is on its way
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Expect") == "" { // whose body net/http has to recognize
+			r.Body = struct{ io.ReadCloser }{r.Body}
+		}
 		next.ServeHTTP(w, r)
 		if r.ContentLength != 0 {
 			http.NewResponseController(w).SetReadDeadline(time.Now().Add(unreadTimeout))
@@ -118,8 +121,7 @@ func closeWhile(mustClose func() bool, next http.Handler) http.Handler {
 	})
 }
 
-// neverStore keeps answers out of caches: an old answer says nothing about now, and the next version
-// may have a path that this one lacks.
+// neverStore keeps answers out of caches, because an old answer says nothing about now.
 func neverStore(next http.Handler) http.Handler {
 	header := []string{"no-store"}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -71,7 +71,6 @@ func TestAnswers(t *testing.T) {
 		{name: "body", method: "GET", target: "/health", body: `{"a":1}`, wantCode: 200, wantType: json, wantBody: wantHealthy},
 		{name: "Accept XML", method: "GET", target: "/health", accept: "application/xml", wantCode: 200, wantType: json, wantBody: wantHealthy},
 		{name: "POST", method: "POST", target: "/health", wantCode: 405, wantType: plain, wantBody: "Method Not Allowed\n", wantAllow: "GET, HEAD"},
-		{name: "POST with a body", method: "POST", target: "/health", body: "x", wantCode: 405, wantType: plain, wantBody: "Method Not Allowed\n", wantAllow: "GET, HEAD"},
 		{name: "TRACE", method: "TRACE", target: "/health", wantCode: 405, wantType: plain, wantBody: "Method Not Allowed\n", wantAllow: "GET, HEAD"},
 		{name: "OPTIONS, no preflight", method: "OPTIONS", target: "/health", wantCode: 405, wantType: plain, wantBody: "Method Not Allowed\n", wantAllow: "GET, HEAD"},
 		{name: "root", method: "GET", target: "/", wantCode: 404, wantType: plain, wantBody: "404 page not found\n"},
@@ -136,7 +135,6 @@ func TestCORS(t *testing.T) {
 		{name: "preflight", origins: "*", method: "OPTIONS", origin: "https://any.example", asks: "GET", headers: "authorization,x-request-id", wantCode: 204, wantOrigin: "*"},
 		{name: "preflight, listed, draining", origins: list, method: "OPTIONS", origin: "https://a.example", draining: true, asks: "HEAD", wantCode: 204, wantOrigin: "https://a.example"},
 		{name: "preflight, not listed", origins: list, method: "OPTIONS", origin: "https://b.example", asks: "GET", wantCode: 204},
-		{name: "preflight for a method of no route", origins: "*", method: "OPTIONS", origin: "https://any.example", asks: "BREW", wantCode: 204},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -740,7 +738,7 @@ func TestLogStalls(t *testing.T) {
 			t.Fatalf("got %q, want line %d", line, i)
 		}
 	}
-	log.flush()
+	waitFor(t, "room", func() bool { return len(log.lines) == 0 })
 	fmt.Fprintln(log, "the last line")
 	log.flush()
 	w.Close()
@@ -1119,7 +1117,9 @@ func TestRaw(t *testing.T) {
 		{name: "pipeline of 124", sent: []string{strings.Repeat("GET /health HTTP/1.1\r\nHost:a\r\n\r\n", 124)}, want: slices.Repeat([]int{200}, 124)},
 		{name: "pipeline of 100 headers each", sent: []string{strings.Repeat(with(100)+"\r\n", 20)}, want: slices.Repeat([]int{200}, 20)},
 		{name: "body of 1,000 lines", sent: []string{post + "Content-Length: 2000\r\n\r\n", strings.Repeat("x\n", 1000)}, want: []int{404}},
-		{name: "body of 256 KiB", sent: []string{post + "Content-Length: 262144\r\n\r\n", strings.Repeat("x", 256<<10)}, want: []int{404}, ends: true, end: 500 * time.Millisecond}, // net/http does not read more
+		{name: "body of 256 KiB", sent: []string{post + "Content-Length: 262144\r\n\r\n", strings.Repeat("x", 256<<10)}, want: []int{404}},
+		{name: "a large body that never comes", sent: []string{post + "Content-Length: 300000\r\n\r\n"}, want: []int{404}, ends: true, end: 100 * time.Millisecond},
+		{name: "a chunk that never comes", sent: []string{get + "Transfer-Encoding: chunked\r\n\r\n"}, want: []int{200}, ends: true, end: 100 * time.Millisecond},
 		{name: "nothing", ends: true, end: 5 * time.Second},
 		{name: "half a request", sent: []string{get}, ends: true, end: 5 * time.Second},
 		{name: "half a request, late", pause: 4 * time.Second, sent: []string{get}, ends: true, end: 5 * time.Second},
