@@ -98,7 +98,7 @@ func allowOrigins(origins []string, next http.Handler) http.Handler {
 func limitUnreadBody(next http.Handler) http.Handler {
 	const unreadTimeout = 100 * time.Millisecond // enough for what is on its way
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Header.Get("Expect") == "" { // whose body net/http has to recognize
+		if r.Header.Get("Expect") == "" { // net/http looks for the type of a body that waits for a 100
 			r.Body = struct{ io.ReadCloser }{r.Body}
 		}
 		next.ServeHTTP(w, r)
