@@ -98,7 +98,7 @@ func allowOrigins(origins []string, next http.Handler) http.Handler {
 func limitUnreadBody(next http.Handler) http.Handler {
 	const unreadTimeout = 100 * time.Millisecond // enough for what is on its way
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Header.Get("Expect") == "" { // net/http looks for the type of a body that waits for a 100
+		if r.Header.Get("Expect") == "" { // or net/http would not see that the body waits for a 100
 			r.Body = struct{ io.ReadCloser }{r.Body}
 		}
 		next.ServeHTTP(w, r)
@@ -173,8 +173,8 @@ func checkOrigin(origin string) error {
 	return nil
 }
 
-// webHost returns the host and the port of u as they stand in an origin: an IPv6 address is short and
-// in brackets, and a port has its colon but no leading zeros. The scheme's own port is left out.
+// webHost returns the host and the port of u as they stand in an origin: an IPv6 address is short
+// and in brackets, and a port has its colon but no leading zeros. The default port is left out.
 func webHost(u *url.URL) (host, port string, err error) {
 	host = u.Hostname()
 	ip, err := netip.ParseAddr(host)
@@ -195,8 +195,8 @@ func webHost(u *url.URL) (host, port string, err error) {
 	return host, fmt.Sprintf(":%d", n), nil
 }
 
-// isDomain reports whether browsers leave the lower-case name as it is. They turn other letters into
-// punycode, and a name whose last label is a number into an IPv4 address.
+// isDomain reports whether browsers leave the lower-case name as it is. They turn other letters
+// into punycode, and a name whose last label is a number into an IPv4 address.
 func isDomain(name string) bool {
 	labels := strings.Split(strings.TrimSuffix(name, "."), ".")
 	for _, label := range labels {

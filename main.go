@@ -176,7 +176,7 @@ func parseLimit(s string) (int, error) {
 	return n, nil
 }
 
-// parseDuration requires a unit for 0 too. A day is more than any drain needs, and no sum overflows.
+// parseDuration requires a unit for 0 too. A day is enough for any drain, and no sum overflows.
 func parseDuration(s string) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
 	hasUnit := !strings.HasSuffix(s, "0")
@@ -249,9 +249,9 @@ func smallBuffers(_, _ string, socket syscall.RawConn) error {
 	})
 }
 
-// notify returns a channel that receives the first signal to stop. Later ones change nothing, because
-// supervisors send several, but after half a second SIGINT ends the process. SIGHUP and SIGINT stay
-// ignored if they were at the start, because nohup and shells want that (golang/go issue 22497).
+// notify returns a channel that receives the first signal to stop. Later ones change nothing,
+// because supervisors send several, but after half a second SIGINT ends the process. SIGHUP and
+// SIGINT stay ignored if they were at the start, as nohup wants it (golang/go issue 22497).
 func notify() <-chan os.Signal {
 	signals := make(chan os.Signal, 1) // os/signal drops a signal that finds no room
 	for _, s := range []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP} {
@@ -298,7 +298,7 @@ func serve(inner net.Listener, c config, stop <-chan os.Signal, log *slog.Logger
 const (
 	readTimeout = 5 * time.Second        // for a whole request, which may come a byte at a time
 	clientTime  = 200 * time.Millisecond // for what is on its way when a place is needed
-	lookAgain   = 2 * time.Millisecond   // as in Server.Shutdown: a look cannot be lost, a wake-up can
+	lookAgain   = 2 * time.Millisecond   // as in Server.Shutdown, because a look cannot be lost
 )
 
 // newServer returns a server that limits the time and the memory of its clients.
@@ -335,9 +335,9 @@ func drain(ln *listener, c config) error {
 	return nil
 }
 
-// lastCall waits for the connections that are on their way. It naps until Accept was free in five naps
-// that ended on time, 40 at most. A process without a processor accepts nothing: 200 ms of that in one
-// long sleep reset the connections of 1,969 of 2,400 clients, and with the naps those of 146.
+// lastCall waits for the connections that are on their way. It naps until Accept was free in five
+// naps that ended on time, 40 at most. A process without a processor accepts nothing: 200 ms of
+// that in one long sleep reset 1,969 of 2,400 clients, and with the naps 146.
 func (ln *listener) lastCall() {
 	const nap = 10 * time.Millisecond
 	for naps, onTime := 0, 0; onTime < 5 && naps < 40; naps++ {
@@ -349,8 +349,8 @@ func (ln *listener) lastCall() {
 	}
 }
 
-// logWriter writes lines to w in a goroutine of its own, so that a log that nobody reads cannot hold
-// up the process. It drops a line if 100 lines before it still wait.
+// logWriter writes lines to w in a goroutine of its own, so that a log that nobody reads cannot
+// hold up the process. It drops a line if 100 lines before it still wait.
 type logWriter struct {
 	lines chan []byte   // nil is the end
 	ended chan struct{} // closed once w has all lines before the end
@@ -491,8 +491,8 @@ func (ln *listener) setState(nc net.Conn, state http.ConnState) {
 	c.setState(state)
 	switch {
 	case state == http.StateIdle && ln.open() > ln.limit/2:
-		// Beside 1,000 clients that ask without end and never read, the slowest probe took 0.5 s with
-		// this turn for the others, and 1.15 s without.
+		// Beside 1,000 clients that ask without end and never read, the slowest probe took 0.5 s
+		// with this turn for the others, and 1.15 s without.
 		runtime.Gosched()
 	case state == http.StateClosed || state == http.StateHijacked:
 		ln.mu.Lock()
@@ -545,7 +545,7 @@ func (c *conn) needsRequest() bool { return c.state == http.StateNew || c.state 
 // Once Go 1.27 is the minimum, Server.MaxHeaderValueCount replaces these limits.
 const (
 	serverBuffer = 4 << 10 // bytes that net/http reads into; a larger Read is for a handler
-	maxRead      = 512     // bytes at once, because lines that come ahead of a request are not counted
+	maxRead      = 512     // bytes at once, because lines ahead of their request are not counted
 	maxLines     = 1 + 100 // of a request, because each takes some 200 bytes, however short it is
 )
 
